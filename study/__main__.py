@@ -1,0 +1,5 @@
+"""``python -m study <verb>``."""
+
+from study.cli import main
+
+main()

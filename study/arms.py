@@ -1,0 +1,359 @@
+"""From a study to its runs: resolved specs and the names of their folders.
+
+A run's name is a readable slug and eight hex digits of a hash of its settings alone. The hash
+leaves out defaults, so a new option with its default keeps every old name, and it leaves out what
+cannot change numbers (``Study.machine``, paths, display names, notes). No heavy imports.
+"""
+
+import hashlib
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from study.backbones import FAMILIES, family
+from study.config import (
+    Arm,
+    BackboneEntry,
+    Dataset,
+    Formulation,
+    Grid,
+    SkipScaling,
+    Study,
+    Target,
+    Training,
+    check,
+)
+from study.files import UserError, canonical_json
+
+RUN_PATTERN = r"[A-Za-z0-9._-]+-s\d+-[0-9a-f]{8}"
+"""What a run's folder name looks like."""
+
+NOT_SETTINGS = {"path", "on_error", "note"}
+"""Keys of the data set that say where it lies or what to print, not what it is."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed.
+
+    ``name`` is the folder; ``arm`` identifies the arm whatever its seed; ``display`` is the arm's
+    name for people; ``grid`` says whether the arm comes from a grid; ``axes`` holds short texts
+    for backbone, skip_scaling, target, formulation, training, seed.
+    """
+
+    name: str
+    arm: str
+    display: str
+    grid: bool
+    axes: dict[str, str]
+    spec: dict[str, Any]
+
+    def row(self) -> dict[str, Any]:
+        """The run as the manifest lists it."""
+        return {
+            "run": self.name,
+            "arm": self.arm,
+            "display": self.display,
+            "grid": self.grid,
+            "axes": self.axes,
+            "spec": self.spec,
+        }
+
+
+def _differences(value: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if defaults.get(key, ...) != item}
+
+
+def _defaults(model: type[BaseModel]) -> dict[str, Any]:
+    """Default values of a model's fields, in JSON form; required fields have none."""
+    full = model.model_construct().model_dump(mode="json", warnings=False)
+    return {key: full[key] for key, field in model.model_fields.items() if not field.is_required()}
+
+
+def canonical(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part of a resolved spec that its name depends on: what differs from the defaults."""
+    entry = spec["backbone"]
+    model = family(entry["family"]).options
+    kind = spec["formulation"]["kind"]
+    method = spec["skip_scaling"]["method"]
+    scaling = {"method": method}
+    if method == "cs":
+        scaling = dict(spec["skip_scaling"])
+        scaling = {k: v for k, v in scaling.items() if v != "per_skip" and v is not None}
+    target = dict(spec["target"]) if spec["target"]["kind"] == "stf" else {"kind": "dsm"}
+    from study.diffusion.options import OPTIONS
+
+    parts = {
+        "dataset": _differences(spec["dataset"], _defaults(Dataset)),
+        "backbone": {
+            "family": entry["family"],
+            "options": _differences(entry["options"], _defaults(model) if model else {}),
+            "noise_scale": entry["noise_scale"],
+        },
+        "skip_scaling": scaling,
+        "target": target,
+        "formulation": {
+            "kind": kind,
+            **_differences(
+                {k: v for k, v in spec["formulation"].items() if k != "kind"},
+                _defaults(OPTIONS[kind]),
+            ),
+        },
+        "training": _differences(spec["training"], _defaults(Training)),
+        "seeds": spec["seeds"],
+    }
+    if entry["noise_scale"] == 1.0:
+        del parts["backbone"]["noise_scale"]
+    return parts
+
+
+def digest(content: Any) -> str:
+    """Eight hex digits that stand for ``content``."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:8]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
+
+
+def _seeds(seed: Any) -> tuple[str, dict[str, int]]:
+    """Short text and the seed of every axis."""
+    if isinstance(seed, int):
+        return str(seed), {"data": seed, "init": seed, "noise": seed}
+    seeds = {axis: seed.get(axis, 0) for axis in ("data", "init", "noise")}
+    return ".".join(str(value) for value in seeds.values()), seeds
+
+
+def resolve_backbone(
+    study: Study, name: str, options: dict[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The spec's backbone section and the training keys that belong to the entry ``name``."""
+    entry = study.backbones.get(name)
+    if entry is None:
+        if name not in FAMILIES:
+            known = ", ".join(dict.fromkeys([*study.backbones, *FAMILIES]))
+            raise UserError(f"{where}: {name!r} is no backbone of this study; allowed: {known}")
+        entry = BackboneEntry()
+    kind = family(entry.family or name)
+    presets = kind.presets or {}
+    if entry.preset is not None and entry.preset not in presets:
+        raise UserError(
+            f"backbones.{name}.preset: {entry.preset!r} is unknown; allowed: {', '.join(presets)}"
+        )
+    preset = presets.get(entry.preset, {}) if entry.preset else {}
+    merged = {**preset, **entry.options, **options}
+    if kind.options is not None:
+        prefix = f"{where}.options." if options else f"backbones.{name}.options."
+        merged = check(kind.options, merged, prefix).model_dump(mode="json")
+    section = {
+        "family": entry.family or name,
+        "options": merged,
+        "noise_scale": entry.noise_scale,
+    }
+    return section, entry.training
+
+
+@dataclass(frozen=True)
+class _Arm:
+    """An arm before its seeds: everything a run needs but them."""
+
+    where: str
+    name: str | None
+    grid: bool
+    backbone: str
+    options: dict[str, Any]
+    scaling: SkipScaling
+    target: Target
+    formulation: Formulation
+    training: dict[str, Any]
+    seeds: tuple[Any, ...]
+
+
+def _arms(study: Study) -> Iterator[_Arm]:
+    for number, grid in enumerate(study.grid):
+        where = "grid" if len(study.grid) == 1 else f"grid[{number}]"
+        yield from _grid_arms(study, grid, where)
+    for number, arm in enumerate(study.arms):
+        yield _extra_arm(study, arm, f"arms[{number}]")
+
+
+def _grid_arms(study: Study, grid: Grid, where: str) -> Iterator[_Arm]:
+    axes = (
+        grid.backbone,
+        grid.formulation or (study.formulation,),
+        grid.training,
+        grid.skip_scaling,
+        grid.target,
+    )
+    for backbone, formulation, training, scaling, target in itertools.product(*axes):
+        yield _Arm(
+            where=f"{where}.backbone",
+            name=None,
+            grid=True,
+            backbone=backbone,
+            options={},
+            scaling=scaling,
+            target=target,
+            formulation=formulation,
+            training=training,
+            seeds=grid.seed or study.seed,
+        )
+
+
+def _extra_arm(study: Study, arm: Arm, where: str) -> _Arm:
+    return _Arm(
+        where=where,
+        name=arm.name,
+        grid=False,
+        backbone=arm.backbone,
+        options=arm.options,
+        scaling=arm.skip_scaling,
+        target=arm.target,
+        formulation=arm.formulation or study.formulation,
+        training=arm.training,
+        seeds=arm.seed or study.seed,
+    )
+
+
+def _short(options: dict[str, Any]) -> str:
+    def text(value: Any) -> str:
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    return ", ".join(f"{key}={text(value)}" for key, value in sorted(options.items()))
+
+
+def _channels(dataset: dict[str, Any]) -> int | None:
+    """Colour channels of the archive where the settings fix them."""
+    if dataset["source"] in ("latents", "archive") or dataset["color"] == "keep":
+        return None
+    return 1 if dataset["color"] == "grey" else 3
+
+
+def image_shape(dataset: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Resolution and channels that a spec's data set fixes; ``None`` where its images decide."""
+    resolution = dataset["resolution"]
+    if resolution is None and dataset["source"] == "digits":
+        resolution = 8
+    if resolution is None and dataset["source"] == "cifar10":
+        resolution = 32
+    return resolution, _channels(dataset)
+
+
+def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
+    training, target, dataset = spec["training"], spec["target"], spec["dataset"]
+    entry = spec["backbone"]
+    if target["kind"] == "stf" and target["reference"] < training["batch"]:
+        raise UserError(
+            f"{arm.where}: target stf({target['reference']}) has fewer reference images than "
+            f"training.batch ({training['batch']}); the batch is part of the reference"
+        )
+    if training["conditional"] and not dataset["labels"]:
+        raise UserError(f"{arm.where}: training.conditional needs dataset.labels: true")
+    if training["label_dropout"] and not training["conditional"]:
+        raise UserError(f"{arm.where}: training.label_dropout needs training.conditional: true")
+    if training["augment"] and entry["family"] not in ("ddpmpp", "ncsnpp"):
+        raise UserError(
+            f"{arm.where}: training.augment needs a network that takes augmentation labels "
+            f"(ddpmpp, ncsnpp), not {entry['family']}"
+        )
+    model = family(entry["family"]).options
+    if model is None:
+        return
+    resolution, channels = image_shape(dataset)
+    problem = model.model_validate(entry["options"]).problem(
+        resolution=resolution, channels=channels, scaling=spec["skip_scaling"]["method"]
+    )
+    if problem:
+        raise UserError(f"{arm.where}: {entry['family']} with {arm.scaling}: {problem}")
+
+
+def _check_protocols(study: Study) -> None:
+    generation, evaluation = study.generation, study.evaluation
+    if generation.guidance is not None and not study.training.conditional:
+        raise UserError("generation.guidance: guidance needs training.conditional: true")
+    if evaluation.extractor == "digits" and not study.dataset.labels:
+        raise UserError(
+            "evaluation.extractor: digits trains a classifier and needs dataset.labels: true"
+        )
+    if "is" in evaluation.metrics and evaluation.extractor == "pixels":
+        raise UserError("evaluation.metrics: 'is' needs class logits, which pixels does not have")
+
+
+def runs(study: Study) -> dict[str, Run]:
+    """All runs of a study by folder name, grid first, in the order of the configuration.
+
+    Arms that resolve to the same settings are one arm; the explicit name wins. Raises
+    ``UserError`` for names and combinations that cannot be.
+    """
+    _check_protocols(study)
+    if not study.grid and not study.arms:
+        raise UserError("grid: the study has neither a grid nor arms; nothing would run")
+    dataset = study.dataset.model_dump(mode="json", exclude=NOT_SETTINGS)
+    backbones: dict[str, Any] = {}
+    trainings: dict[str, dict[str, Any]] = {}
+    result: dict[str, Run] = {}
+    for arm in _arms(study):
+        key = canonical_json([arm.backbone, arm.options])
+        if key not in backbones:
+            backbones[key] = resolve_backbone(study, arm.backbone, arm.options, arm.where)
+        section, entry_training = backbones[key]
+        overrides = {**entry_training, **arm.training}
+        key = canonical_json(overrides)
+        if key not in trainings:
+            whole = {**study.training.model_dump(mode="json"), **overrides}
+            prefix = f"{arm.where}.training." if arm.training else "training."
+            trainings[key] = check(Training, whole, prefix).model_dump(mode="json")
+        spec = {
+            "dataset": dataset,
+            "backbone": section,
+            "skip_scaling": arm.scaling.model_dump(mode="json"),
+            "target": arm.target.model_dump(mode="json"),
+            "formulation": arm.formulation.resolved(),
+            "training": trainings[key],
+        }
+        _check_combination(arm, spec)
+        axes = {
+            "backbone": arm.backbone + (f"({_short(arm.options)})" if arm.options else ""),
+            "skip_scaling": str(arm.scaling),
+            "target": arm.target.kind,
+            "formulation": arm.formulation.kind,
+            "training": _short(arm.training),
+        }
+        for seed in arm.seeds:
+            short, seeds = _seeds(seed)
+            whole = {**spec, "seeds": seeds}
+            parts = canonical(whole)
+            slug = "-".join(
+                [section["family"].replace("_", "-"), _slug(str(arm.scaling)), arm.target.kind]
+            )
+            name = f"{slug}-s{seeds['init']}-{digest(parts)}"
+            former = result.get(name)
+            if former is not None and (arm.name is None or not former.grid):
+                continue
+            del parts["seeds"]
+            extra = [axes["training"]] if axes["training"] else []
+            display = arm.name or " · ".join(
+                [axes["backbone"], axes["skip_scaling"], axes["target"], *extra]
+            )
+            result[name] = Run(
+                name=name,
+                arm=f"{slug}-{digest(parts)}",
+                display=display,
+                grid=former.grid if former else arm.grid,
+                axes={**(former.axes if former else axes), "seed": short},
+                spec=whole,
+            )
+    return result
+
+
+def manifest(study: Study, all_runs: dict[str, Run]) -> dict[str, Any]:
+    """What ``results/<study>/study.json`` holds: the resolved study and its runs."""
+    return {
+        "study": study.study,
+        "config": study.model_dump(mode="json"),
+        "runs": [run.row() for run in all_runs.values()],
+    }

@@ -1,0 +1,330 @@
+"""``study <verb>``: one verb per stage. Every stage of the workflow can be run by hand.
+
+Each verb imports its room when it is called; from these imports ``study.digest`` knows which code
+a stage depends on.
+"""
+
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from study.files import UserError
+
+app = typer.Typer(
+    name="study",
+    help="What do long skip connections, and how they are scaled, do to diffusion backbones?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+STAGES, STUDIES, CHECKS = "Stages", "The study as a whole", "Checks"
+
+Spec = Annotated[str, typer.Option(help="Resolved spec: JSON, or the path of a JSON file.")]
+Data = Annotated[Path, typer.Option(help="Data set archive (results/datasets/<name>.zip).")]
+Out = Annotated[Path, typer.Option(help="What to write.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
+Gpus = Annotated[int, typer.Option(min=0, help="GPUs to take from this machine's free ones.")]
+Weights = Annotated[
+    str | None, typer.Option(help="The extractor's weights; empty = its own download.")
+]
+Config = Annotated[Path, typer.Option("--config", "--configfile", help="The study.")]
+
+
+def _json(text: str, option: str) -> dict[str, Any]:
+    """Read an option that is JSON or the path of a JSON file."""
+    if not text.lstrip().startswith("{"):
+        path = Path(text)
+        if not path.is_file():
+            raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
+        text = path.read_text()
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{option}: expected a JSON object; got {type(value).__name__}")
+    return value
+
+
+def _device(gpus: int) -> Any:
+    """Hold free GPUs of this machine while a stage runs; none for a CPU job."""
+    if not gpus:
+        return nullcontext()
+    from study.devices import acquire
+
+    return acquire(gpus)
+
+
+def _set_threads(threads: int | None) -> None:
+    """Threads of the numerical libraries; to be called before they are imported."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        if threads:
+            os.environ[name] = str(threads)
+
+
+@app.command(rich_help_panel=STAGES)
+def convert(
+    spec: Spec,
+    out: Out,
+    source_path: Annotated[str, typer.Option(help="Where the source lies.")] = "",
+    on_error: Annotated[str, typer.Option(help="Broken images: fail or skip.")] = "fail",
+) -> None:
+    """Convert a source of images to a data set archive."""
+    from study.data.convert import convert as run
+
+    settings = _json(spec, "--spec")
+    summary = run(settings, out, source_path=source_path or None, on_error=on_error)
+    print(json.dumps(summary, indent=1, default=str))
+
+
+@app.command(rich_help_panel=STAGES)
+def extractor(
+    data: Data,
+    out: Out,
+    seed: Annotated[int, typer.Option(help="Seed of the classifier.")] = 0,
+    threads: Threads = None,
+) -> None:
+    """Train the small classifier whose features judge samples."""
+    _set_threads(threads)
+    from study.fidelity.classifier import train_classifier
+
+    train_classifier(data, out, seed=seed)
+
+
+@app.command(rich_help_panel=STAGES)
+def reference(
+    data: Data,
+    extractor: Annotated[str, typer.Option(help="Name of the feature extractor.")],
+    out: Out,
+    weights: Weights = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Compute features and statistics of a data set, once per extractor."""
+    _set_threads(threads)
+    from study.fidelity.reference import make_reference
+
+    with _device(gpus):
+        make_reference(data, extractor, weights or None, out)
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    spec: Spec,
+    data: Data,
+    out: Out,
+    state: Annotated[Path, typer.Option(help="Folder of the checkpoint; kept for resuming.")],
+    stop_file: Annotated[
+        Path | None, typer.Option(help="Leave with a checkpoint when this file appears.")
+    ] = None,
+    machine: Annotated[str, typer.Option(help="Speed-only settings as JSON.")] = "{}",
+    code: Annotated[str | None, typer.Option(help="Digest of the training code.")] = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Train one run; the same command resumes an interrupted one."""
+    settings = _json(machine, "--machine")
+    processes = settings.get("processes", 1)
+    _set_threads(max(1, threads // processes) if threads else None)
+    with _device(gpus):
+        if processes > 1 and "LOCAL_RANK" not in os.environ:
+            _launch(processes, gpus)
+        from study.training import train as run
+
+        run(
+            _json(spec, "--spec"),
+            data,
+            out,
+            state,
+            machine=settings,
+            threads=max(1, threads // processes) if threads else None,
+            stop_file=stop_file,
+            code=code,
+        )
+
+
+def _launch(processes: int, gpus: int) -> None:
+    """Run this very command in several processes, and end with their exit status."""
+    import signal
+    import subprocess
+
+    flags = ["--multi_gpu"] if gpus else ["--cpu"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+    command += ["--num_processes", str(processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    child = subprocess.Popen([*command, "-m", "study", *sys.argv[1:]])
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, lambda number, _frame: child.send_signal(number))
+    raise SystemExit(child.wait())
+
+
+@app.command(rich_help_panel=STAGES)
+def generate(
+    run_dir: Annotated[Path, typer.Option(help="Folder of a run, which holds train/.")],
+    protocol: Annotated[str, typer.Option(help="The study's `generation` section, as JSON.")],
+    data: Data,
+    out: Out,
+    batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Generate the samples of a trained run."""
+    _set_threads(threads)
+    with _device(gpus):
+        from study.generation import generate as run
+
+        settings = _json(protocol, "--protocol")
+        run(run_dir, settings, data, out, batch=batch, threads=threads)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    samples: Annotated[Path, typer.Option(help="samples.npz of a run.")],
+    reference: Annotated[Path, typer.Option(help="Folder that `study reference` made.")],
+    protocol: Annotated[str, typer.Option(help="The study's `evaluation` section, as JSON.")],
+    out: Out,
+    weights: Weights = None,
+    threads: Threads = None,
+    gpus: Gpus = 0,
+) -> None:
+    """Measure samples against the data set's reference."""
+    _set_threads(threads)
+    from study.fidelity.evaluate import evaluate as run
+
+    with _device(gpus):
+        run(samples, reference, _json(protocol, "--protocol"), out, weights=weights or None)
+
+
+@app.command(rich_help_panel=STAGES)
+def aggregate(
+    manifest: Annotated[Path, typer.Option(help="results/<study>/study.json.")],
+    results: Annotated[Path, typer.Option(help="results/<study>.")],
+    out: Out,
+) -> None:
+    """Gather the files of all runs into tables."""
+    from study.analysis.tables import aggregate as run
+
+    run(manifest, results, out)
+
+
+@app.command(rich_help_panel=STAGES)
+def figures(
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    results: Annotated[Path, typer.Option(help="results/<study>.")],
+    out: Out,
+) -> None:
+    """Draw all figures from finished tables."""
+    from study.analysis.figures import draw_all as run
+
+    run(tables, results, out)
+
+
+@app.command(rich_help_panel=STAGES)
+def notebook(
+    notebook: Annotated[Path, typer.Option(help="Notebook to run.")],
+    out: Out,
+    html: Annotated[Path, typer.Option(help="Rendered copy.")],
+    parameters: Annotated[str, typer.Option(help="Its parameters, as JSON.")] = "{}",
+) -> None:
+    """Run a notebook and render it."""
+    from study.analysis.notebook import run_notebook
+
+    run_notebook(notebook, out, html, _json(parameters, "--parameters"))
+
+
+@app.command(rich_help_panel=STAGES)
+def report(
+    manifest: Annotated[Path, typer.Option(help="results/<study>/study.json.")],
+    results: Annotated[Path, typer.Option(help="results/<study>.")],
+    out: Out,
+) -> None:
+    """Render the page that people read first."""
+    from study.analysis.report import report as run
+
+    run(manifest, results, out)
+
+
+@app.command(rich_help_panel=STUDIES)
+def runs(config: Config = Path("config.yaml")) -> None:
+    """List the runs of a study: folder, arm, seed."""
+    from study.arms import runs as resolve
+    from study.config import load
+
+    for run in resolve(load(config)).values():
+        print(f"{run.name}\t{run.display}\tseed {run.axes['seed']}")
+
+
+@app.command(rich_help_panel=STUDIES)
+def plan(
+    config: Config = Path("config.yaml"),
+    arms: Annotated[bool, typer.Option(help="A row for each arm.")] = True,
+) -> None:
+    """Say what a study will cost before it starts."""
+    from study.plan import show
+
+    show(config, arms=arms)
+
+
+@app.command(rich_help_panel=STUDIES)
+def status(
+    config: Config = Path("config.yaml"),
+    watch: Annotated[bool, typer.Option("--watch", help="Keep watching.")] = False,
+) -> None:
+    """Say how far every run is: done, running, diverged, missing, stale."""
+    from study.status import show
+
+    show(config, watch=watch)
+
+
+@app.command(rich_help_panel=STUDIES)
+def stop() -> None:
+    """Ask all running trainings of this folder to save a checkpoint and leave."""
+    from study.progress import request_stop
+
+    request_stop()
+
+
+@app.command(rich_help_panel=CHECKS)
+def schema(
+    write: Annotated[Path | None, typer.Option(help="Write it here instead.")] = None,
+) -> None:
+    """Print the JSON schema of a study."""
+    from study.config import schema as make
+    from study.files import write_text
+
+    text = json.dumps(make(), indent=1) + "\n"
+    if write is None:
+        print(text, end="")
+    else:
+        write_text(write, text)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit status 2."""
+    from click import ClickException
+    from click.exceptions import Abort
+
+    try:
+        app(standalone_mode=False)
+    except UserError as error:
+        for line in str(error).splitlines():
+            print(f"study: {line}", file=sys.stderr)
+        sys.exit(2)
+    except ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except Exception as error:
+        # Told by name: importing the trainer here would cost every verb its imports.
+        if type(error).__name__ != "Interrupted":
+            raise
+        print(f"study: {error}", file=sys.stderr)
+        sys.exit(75)

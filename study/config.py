@@ -1,0 +1,534 @@
+"""A study as typed models: what ``config.yaml`` may say, with every default.
+
+``load`` checks a study and explains mistakes in one line each; ``schema`` gives the JSON schema
+that ``workflow/schemas/study.schema.json`` holds. No heavy imports: the Snakefile reads this.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from study.backbones import FAMILIES
+from study.diffusion.options import OPTIONS as FORMULATIONS
+from study.diffusion.samplers.options import OPTIONS as SAMPLERS
+from study.files import UserError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Model(BaseModel):
+    """Base of all sections: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shorthand(Model):
+    """A section that may also be written as text: ``name`` or ``name(number)``.
+
+    ``_key`` is the field that the name fills, ``_numbers`` the field that the number fills, by
+    name.
+    """
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_shorthand(cls, value: Any) -> Any:
+        return cls._shorthand(value) if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        full = handler(core)
+        description = (cls.__doc__ or "").strip().splitlines()[0]
+        return {"anyOf": [{"type": "string"}, full], "description": description}
+
+
+def _call(text: str) -> tuple[str, str | None]:
+    """Split ``name(argument)``."""
+    match = re.fullmatch(r"\s*([A-Za-z_0-9]+)\s*(?:\(\s*([^()]*?)\s*\))?\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is neither a name nor name(number)")
+    return match[1], match[2]
+
+
+def _number(text: str, of: str, kind: type[int] | type[float]) -> float:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{of}({text}): {text!r} is not a number") from None
+
+
+class Dataset(Model):
+    """The data set and how it is converted."""
+
+    name: Name = Field(description="Name of the archive, results/datasets/<name>.zip.")
+    source: Literal[
+        "digits",
+        "folder",
+        "zip",
+        "tar",
+        "cifar10",
+        "imagenet",
+        "lsun",
+        "celeba",
+        "ffhq",
+        "afhq",
+        "latents",
+        "archive",
+    ] = Field(description="Where the images come from; digits is bundled, all others need a path.")
+    path: str | None = Field(None, description="Folder, zip or tar to read.")
+    split: Literal["train", "test"] = Field("train", description="Part of the source to take.")
+    resolution: int | None = Field(
+        None, ge=4, description="Side in pixels after conversion; null keeps it (all must agree)."
+    )
+    crop: Literal["none", "center", "center_dhariwal", "celeba"] = Field(
+        "none", description="How non-square images become square."
+    )
+    resize: Literal["lanczos", "box", "bicubic"] = Field(
+        "lanczos", description="Filter of the resizing."
+    )
+    color: Literal["rgb", "grey", "keep"] = Field("rgb", description="Colour mode of the archive.")
+    labels: bool = Field(True, description="Keep class labels where the source has them.")
+    max_images: int | None = Field(None, ge=1, description="Take only the first images.")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="Broken images: stop and name them, or leave them out with a list."
+    )
+    note: str = Field("", description="Printed wherever metrics on this data set appear.")
+
+    @model_validator(mode="after")
+    def _has_path(self) -> "Dataset":
+        if self.source != "digits" and self.path is None:
+            raise ValueError(f"source {self.source} needs dataset.path")
+        return self
+
+
+class SkipScaling(Shorthand):
+    """Skip scaling: none, inv_sqrt2, cs, cs(kappa), ls or ls_unshared; or a mapping."""
+
+    method: Literal["none", "inv_sqrt2", "cs", "ls", "ls_unshared"]
+    kappa: float = Field(
+        0.7, gt=0, description="Base of constant scaling; ScaleLong's README advises 0.5 to 0.95."
+    )
+    exponent: Literal["per_skip", "per_level", "normalised"] = Field(
+        "per_skip", description="What counts the power of kappa; per_skip is published."
+    )
+    innermost: float | None = Field(
+        None, ge=0, description="With normalised: the power of kappa at the innermost skip."
+    )
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        method, argument = _call(text)
+        if argument is None:
+            return {"method": method}
+        if method != "cs":
+            raise ValueError(f"only cs takes a number, as in cs(0.7); got {text!r}")
+        return {"method": method, "kappa": _number(argument, method, float)}
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SkipScaling":
+        if (self.exponent == "normalised") != (self.innermost is not None):
+            raise ValueError("exponent: normalised and innermost go together")
+        if self.method != "cs" and self.exponent != "per_skip":
+            raise ValueError(f"exponent belongs to cs, not to {self.method}")
+        return self
+
+    def __str__(self) -> str:
+        if self.method != "cs":
+            return self.method
+        how = "" if self.exponent == "per_skip" else f", {self.exponent}"
+        if self.innermost is not None:
+            how += f" {self.innermost:g}"
+        return f"cs({self.kappa:g}{how})"
+
+
+class Target(Shorthand):
+    """Target: dsm, stf or stf(size of the reference batch); or a mapping."""
+
+    kind: Literal["dsm", "stf"]
+    reference: int = Field(
+        1024,
+        ge=2,
+        description="STF: images in the reference batch of a step, over all processes, the "
+        "training batch included as its first rows.",
+    )
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        kind, argument = _call(text)
+        if argument is None:
+            return {"kind": kind}
+        if kind != "stf":
+            raise ValueError(f"only stf takes a number, as in stf(1024); got {text!r}")
+        return {"kind": kind, "reference": int(_number(argument, kind, int))}
+
+    def __str__(self) -> str:
+        return "dsm" if self.kind == "dsm" else f"stf({self.reference})"
+
+
+class _Registered(Shorthand):
+    """A kind and its options, which the registry's models check."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str
+
+    @classmethod
+    def _registry(cls) -> Mapping[str, type[BaseModel]]:
+        raise NotImplementedError
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        return {"kind": text.strip()}
+
+    @model_validator(mode="after")
+    def _check(self) -> "_Registered":
+        registry = self._registry()
+        if self.kind not in registry:
+            raise ValueError(f"kind {self.kind!r} is unknown; allowed: {', '.join(registry)}")
+        model = registry[self.kind]
+        try:
+            model.model_validate_json(json.dumps(self.model_extra), strict=True)
+        except ValidationError as error:
+            raise ValueError("; ".join(explain(error, model))) from None
+        return self
+
+    def resolved(self) -> dict[str, Any]:
+        """The kind with all its options filled in."""
+        model = self._registry()[self.kind]
+        options = model.model_validate_json(json.dumps(self.model_extra), strict=True)
+        return {"kind": self.kind, **options.model_dump(mode="json", exclude={"kind"})}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        choices: list[dict[str, Any]] = [{"type": "string", "enum": list(cls._registry())}]
+        for kind, model in cls._registry().items():
+            options = model.model_json_schema()
+            options.pop("title", None)
+            properties = {k: v for k, v in options.get("properties", {}).items() if k != "kind"}
+            required = [key for key in options.get("required", []) if key != "kind"]
+            options |= {
+                "properties": {"kind": {"const": kind}, **properties},
+                "required": ["kind", *required],
+            }
+            choices.append(options)
+        description = (cls.__doc__ or "").strip().splitlines()[0]
+        return {"anyOf": choices, "description": description}
+
+
+class Formulation(_Registered):
+    """Formulation: how noise levels are drawn, F becomes a denoiser, the loss is weighted."""
+
+    @classmethod
+    def _registry(cls) -> Mapping[str, type[BaseModel]]:
+        return FORMULATIONS
+
+
+class Sampler(_Registered):
+    """Sampler: its kind and options."""
+
+    @classmethod
+    def _registry(cls) -> Mapping[str, type[BaseModel]]:
+        return SAMPLERS
+
+
+class Ema(Model):
+    """Exponential moving average of the weights: a fixed rate per step, or EDM's half-life."""
+
+    rate: float | None = Field(None, gt=0, lt=1, description="Fixed decay per step, e.g. 0.9999.")
+    halflife: float | None = Field(None, gt=0, description="Half-life in images (EDM: 500000).")
+    rampup: float | None = Field(
+        None, gt=0, description="With halflife: at most this share of the images seen (EDM: 0.05)."
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Ema":
+        if (self.rate is None) == (self.halflife is None):
+            raise ValueError("give either rate or halflife")
+        if self.rampup is not None and self.halflife is None:
+            raise ValueError("rampup goes with halflife")
+        return self
+
+
+class Training(Model):
+    """How an arm is trained. Everything here changes numbers and is part of a run's name."""
+
+    steps: int = Field(ge=1, description="Optimiser steps.")
+    batch: int = Field(ge=1, description="Images per step, over all processes and accumulations.")
+    optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimiser.")
+    lr: float = Field(gt=0, description="Learning rate after the warm-up.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moments.")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw, L2 with adam.")
+    warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
+    ema: Ema = Field(Ema(rate=0.9999), description="Average of the weights.")
+    clip: float | None = Field(None, gt=0, description="Largest gradient norm; null = no clipping.")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout, where the backbone has one.")
+    flip: bool = Field(False, description="Random horizontal flips.")
+    augment: float = Field(
+        0.0, ge=0, le=1, description="Probability of EDM's augmentations (SongUNet only)."
+    )
+    conditional: bool = Field(False, description="Train with class labels.")
+    label_dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability of the null label, for guidance."
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Mixed precision.")
+    attention: Literal["sdpa", "xformers", "math"] = Field("sdpa", description="Kernel.")
+    divergence: float | None = Field(
+        20.0, gt=1, description="Stop when the smoothed loss exceeds its best by this factor."
+    )
+    nan_to_num: bool = Field(False, description="Silently repair gradients, as EDM does.")
+
+
+class Generation(Model):
+    """How samples are made. The same for all arms of a study."""
+
+    sampler: Sampler = Field(description="Sampler and its options.")
+    images: int | None = Field(None, ge=1, description="null = as many as the data set has.")
+    seed: int = Field(0, ge=0, description="First sample's seed; sample i has seed + i.")
+    weights: Literal["ema", "raw"] = Field("ema", description="Which weights generate.")
+    guidance: float | None = Field(None, description="Classifier-free guidance scale.")
+    batch: int = Field(256, ge=1, description="Images at a time; changes no result.")
+
+
+class Evaluation(Model):
+    """Which metrics, on which features."""
+
+    extractor: Literal["digits", "inception", "pixels"] = Field(
+        description="Feature extractor: digits trains a small classifier; inception gives FID."
+    )
+    weights: str | None = Field(None, description="File with the extractor's weights.")
+    metrics: tuple[Literal["fd", "kid", "is", "prc"], ...] = Field(
+        ("fd", "kid", "is", "prc"), min_length=1, description="Frechet, KID, IS, precision/recall."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the classifier that digits trains.")
+
+
+class Machine(Model):
+    """Speed only: nothing here changes results beyond rounding, and nothing reruns."""
+
+    gpus: int = Field(0, ge=0, description="GPUs of this machine that jobs may use.")
+    jobs_per_gpu: int = Field(1, ge=1, description="Jobs that share one GPU.")
+    threads: int = Field(1, ge=1, description="CPU threads per training or sampling job.")
+    processes: int = Field(1, ge=1, description="Processes per training (accelerate launch).")
+    micro_batch: int | None = Field(
+        None, ge=1, description="Images at a time per process; null = the whole share."
+    )
+    checkpointing: bool = Field(False, description="Recompute activations to save memory.")
+    log_every: int | None = Field(None, ge=1, description="Steps per log row; null = 100 rows.")
+    save_every: float = Field(60.0, gt=0, description="Seconds between checkpoints.")
+    resident_mib: int = Field(4096, ge=0, description="Keep data sets up to this size in memory.")
+
+
+class BackboneEntry(Model):
+    """What a backbone name of this study stands for."""
+
+    family: str | None = Field(
+        None, description="Family; null = the entry's own name.", examples=list(FAMILIES)
+    )
+    preset: str | None = Field(None, description="Published or tiny size to start from.")
+    options: dict[str, Any] = Field({}, description="Options that differ from the preset.")
+    noise_scale: float = Field(
+        1.0, gt=0, description="Multiplies the noise number that the network receives."
+    )
+    training: dict[str, Any] = Field({}, description="Training keys for this backbone only.")
+
+
+Seed = int | dict[Literal["data", "init", "noise"], int]
+
+
+class Grid(Model):
+    """Axes of a grid; every combination is an arm."""
+
+    backbone: tuple[str, ...] = Field(min_length=1, description="Names under `backbones`.")
+    skip_scaling: tuple[SkipScaling, ...] = Field((SkipScaling(method="none"),), min_length=1)
+    target: tuple[Target, ...] = Field((Target(kind="dsm"),), min_length=1)
+    formulation: tuple[Formulation, ...] | None = Field(None, description="null = the study's.")
+    training: tuple[dict[str, Any], ...] = Field(
+        ({},), min_length=1, description="Sets of training keys, e.g. [{lr: 1.0e-3}]."
+    )
+    seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
+
+
+class Arm(Model):
+    """One extra arm: what differs from the study's settings."""
+
+    name: str | None = Field(None, min_length=1, description="Display name, free text.")
+    backbone: str = Field(description="A name under `backbones`.")
+    options: dict[str, Any] = Field({}, description="Backbone options of this arm only.")
+    skip_scaling: SkipScaling = SkipScaling(method="none")
+    target: Target = Target(kind="dsm")
+    formulation: Formulation | None = Field(None, description="null = the study's.")
+    training: dict[str, Any] = Field({}, description="Training keys of this arm only.")
+    seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
+
+
+class Study(Model):
+    """A study: a data set, a grid of arms, extra arms, protocols."""
+
+    study: Name = Field(description="Name; results/<study> and reports/<study>.")
+    title: str = Field("", description="Heading of the report.")
+    dataset: Dataset
+    grid: tuple[Grid, ...] = Field(
+        (), description="Every combination of its axes is an arm; one grid or a list of grids."
+    )
+    seed: tuple[Seed, ...] = Field((0,), min_length=1, description="Seeds of every arm.")
+    arms: tuple[Arm, ...] = Field((), description="Arms beside the grid.")
+    backbones: dict[Name, BackboneEntry] = Field({}, description="What backbone names stand for.")
+    formulation: Formulation = Field(Formulation(kind="edm"), description="The same for all arms.")
+    training: Training
+    generation: Generation
+    evaluation: Evaluation
+    machine: Machine = Machine()
+    notebooks: tuple[Name, ...] = Field(
+        ("overview",), description="Notebooks under notebooks/ that the study runs."
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        full = handler.resolve_ref_schema(handler(core))
+        grid = full["properties"]["grid"]
+        description = grid.pop("description")
+        one = grid["items"]
+        full["properties"]["grid"] = {"anyOf": [one, grid], "description": description}
+        return full
+
+
+# --- reading and explaining ------------------------------------------------------------------
+
+
+def _looks_like_number(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _siblings(model: type[BaseModel] | None, where: tuple[Any, ...]) -> list[str]:
+    """Field names of the section that holds the last key of ``where``."""
+    current: Any = model
+    for part in where[:-1]:
+        if isinstance(part, int):
+            continue
+        field = getattr(current, "model_fields", {}).get(part)
+        if field is None:
+            continue
+        found = [
+            kind
+            for kind in _walk(field.annotation)
+            if isinstance(kind, type) and issubclass(kind, BaseModel)
+        ]
+        if found:
+            current = found[0]
+    return list(getattr(current, "model_fields", {}))
+
+
+def _walk(annotation: Any) -> list[Any]:
+    nested = [item for part in getattr(annotation, "__args__", ()) for item in _walk(part)]
+    return [annotation, *nested]
+
+
+def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
+    """One line per mistake: key, value, and what is allowed."""
+    lines = []
+    details = error.errors()
+    for item in details:
+        # Parts that name a branch of a union are pydantic's, not the user's.
+        where = tuple(
+            part
+            for part in item["loc"]
+            if isinstance(part, int) or not re.search(r"\[|^Grid$|^function|^tuple|^int$", part)
+        )
+        if item["type"] == "too_short" and any(
+            other["loc"][: len(item["loc"])] == item["loc"] and other is not item
+            for other in details
+        ):
+            continue  # a list of which no item was valid: the items' own mistakes say why
+        key = prefix + ".".join(str(part) for part in where)
+        key = re.sub(r"\.(\d+)", r"[\1]", key) or "study"
+        if key.startswith("grid[0]") and not any(o["loc"][:2] == ("grid", 1) for o in details):
+            key = "grid" + key.removeprefix("grid[0]")
+        value, kind = item["input"], item["type"]
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        if kind == "extra_forbidden":
+            known = _siblings(model, where)
+            close = difflib.get_close_matches(str(where[-1]), known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+            lines.append(f"{key}: unknown key; {hint}")
+        elif kind == "missing":
+            lines.append(f"{key}: missing")
+        elif kind in ("float_type", "int_type", "float_parsing") and _looks_like_number(value):
+            right = f"{float(value):.15g}"
+            if "e" in right and "." not in right:
+                right = right.replace("e", ".0e")
+            elif "e" not in right and "e" in value.lower():
+                mantissa, _, power = value.lower().partition("e")
+                right = f"{float(mantissa)}e{int(power):+d}"
+            lines.append(
+                f"{key}: {value!r} is text (YAML 1.1 reads a number with an exponent only with a "
+                f"point and a sign); write {right}"
+            )
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{key}: {message[0].lower() + message[1:]}; got {shown}")
+    return list(dict.fromkeys(lines))
+
+
+def check(model: type[BaseModel], value: Any, prefix: str = "") -> BaseModel:
+    """Validate strictly (text is never read as a number). Raises ``UserError``, a line each."""
+    try:
+        return model.model_validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, model, prefix))) from None
+
+
+def load(source: str | Path | Mapping[str, Any]) -> Study:
+    """Read a study from a YAML file or a mapping.
+
+    Raises ``UserError`` with one line per mistake: the key, the value, and what is allowed.
+    """
+    if not isinstance(source, Mapping):
+        import yaml
+
+        path = Path(source)
+        try:
+            source = yaml.safe_load(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = f", line {mark.line + 1}" if mark else ""
+            problem = getattr(error, "problem", None) or str(error)
+            raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
+        if not isinstance(source, Mapping):
+            raise UserError(f"{path}: a study is a mapping of keys; got {type(source).__name__}")
+    study = dict(source)
+    if isinstance(study.get("grid"), Mapping):
+        study["grid"] = [study["grid"]]
+    return check(Study, study)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a study."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **Study.model_json_schema(),
+    }

@@ -1,0 +1,221 @@
+"""From seeds to images: every sample is a function of its own seed."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+
+from study.backbones.base import check_attention
+from study.data import Archive, order
+from study.diffusion import formulation as make_formulation
+from study.diffusion.guidance import guided
+from study.diffusion.samplers import NoiseSource, sampler
+from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
+from study.network import build_network
+from study.provenance import Stopwatch, provenance
+
+GRID = 10
+"""Rows and columns of the sample grid."""
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C]; values outside are clipped."""
+    scaled = (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    return scaled.permute(0, 2, 3, 1).cpu().numpy()
+
+
+def tile(images: np.ndarray, columns: int = GRID, side: int = 480) -> Image.Image:
+    """Lay uint8 images [n, H, W, C] out in rows, magnified by a whole number to about ``side``."""
+    count, height, width, channels = images.shape
+    rows = max(1, math.ceil(count / columns))
+    sheet = np.full((rows * height, columns * width, channels), 255, np.uint8)
+    for number, image in enumerate(images):
+        row, column = divmod(number, columns)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    factor = max(1, side // max(picture.size))
+    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+
+
+def _save_picture(path: Path, picture: Image.Image) -> None:
+    with atomic(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def _save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, images, labels)
+
+
+def _labels(archive: Archive, conditional: bool, seeds: range) -> np.ndarray:
+    """Class labels of samples: the data set's own, in shuffled order, so proportions agree."""
+    if not conditional:
+        return np.zeros(len(seeds), np.int64)
+    return archive.labels[order(0, seeds.start, len(seeds), len(archive))]
+
+
+class _Parts:
+    """Finished batches on disk, so that an interrupted generation goes on where it was."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.folder = folder
+        note = folder / "identity.json"
+        text = canonical_json(identity)
+        if not note.exists() or read_json(note) != text:
+            self.clear()
+            write_json(note, text)
+
+    def path(self, start: int) -> Path:
+        return self.folder / f"{start:08d}.npy"
+
+    def load(self, start: int) -> np.ndarray | None:
+        path = self.path(start)
+        return np.load(path, allow_pickle=False) if path.exists() else None
+
+    def save(self, start: int, images: np.ndarray) -> None:
+        with atomic(self.path(start)) as temporary, temporary.open("wb") as file:
+            np.save(file, images)
+
+    def clear(self) -> None:
+        for path in self.folder.glob("*"):
+            path.unlink()
+
+
+def _skip(out: Path, status: dict[str, Any], archive: Archive, facts: dict[str, Any]) -> None:
+    """What a diverged run leaves: no images, and a grid that says so."""
+    shape = (0, archive.resolution, archive.resolution, archive.channels)
+    _save_samples(out / "samples.npz", np.zeros(shape, np.uint8), np.zeros(0, np.int64))
+    picture = Image.new("L", (480, 480), 200)
+    text = f"diverged at step {status['step']}"
+    ImageDraw.Draw(picture).text((240, 240), text, fill=0, anchor="mm", font_size=32)
+    _save_picture(out / "grid.png", picture)
+    reason = f"training diverged at step {status['step']}: {status['reason']}"
+    write_json(out / "generate.json", {"status": "skipped", "reason": reason, "images": 0, **facts})
+
+
+def generate(
+    run_dir: str | Path,
+    protocol: dict[str, Any],
+    data: str | Path,
+    out: str | Path,
+    *,
+    batch: int = 256,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Generate the images of a trained run.
+
+    ``run_dir`` holds ``train/``; ``protocol`` is a study's ``generation`` section; ``data`` is the
+    data set archive (for the image size, the number of images and the labels); ``batch`` images
+    are made at a time. Writes
+    ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels), ``grid.png`` and
+    ``generate.json``. A diverged run gives zero images. Raises ``UserError`` where weights are
+    missing or do not fit.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    run_dir, out = Path(run_dir), Path(out)
+    train = run_dir / "train"
+    status = read_json(train / "status.json")
+    archive = Archive(data)
+    spec = status["spec"]
+    draw = sampler(protocol["sampler"])
+    passes = 1 if protocol["guidance"] is None else 2
+    facts = {
+        "seed": protocol["seed"],
+        "sampler": protocol["sampler"],
+        "guidance": protocol["guidance"],
+        "weights": protocol["weights"],
+        "nfe": draw.nfe * passes,
+        "precision": spec["training"]["precision"],
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    if status["status"] == "diverged":
+        _skip(out, status, archive, {**facts, "provenance": provenance()})
+        return {"status": "skipped"}
+    name = {"ema": "weights.safetensors", "raw": "raw.safetensors"}[protocol["weights"]]
+    if not (train / name).exists():
+        raise UserError(f"{train / name}: missing; train the run again (delete {train})")
+
+    accelerator = Accelerator(cpu=not torch.cuda.is_available() or None)
+    device = accelerator.device
+    check_attention(spec["training"]["attention"], device)
+    network = build_network(spec, archive).to(device).eval()
+    try:
+        network.load_state_dict(load_file(train / name))
+    except RuntimeError as error:
+        raise UserError(f"{train / name}: {str(error).splitlines()[-1].strip()}") from None
+    formulation = make_formulation(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    half = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[facts["precision"]]
+
+    def evaluate(x: Tensor, noise: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
+        with torch.autocast(device.type, dtype=half, enabled=half is not None):
+            return network(x, noise, label, **more).float()
+
+    denoiser = formulation.denoiser(evaluate)
+    if protocol["guidance"] is not None:
+        denoiser = guided(denoiser, protocol["guidance"], null_label=archive.num_classes)
+
+    count = protocol["images"] or len(archive)
+    seeds = range(protocol["seed"], protocol["seed"] + count)
+    conditional = spec["training"]["conditional"]
+    labels = _labels(archive, conditional, seeds)
+    shape = (archive.channels, archive.resolution, archive.resolution)
+    weights_sha256 = sha256(train / name)
+    parts = _Parts(
+        run_dir / "state" / "generate",
+        {"protocol": protocol, "weights": weights_sha256, "batch": batch},
+    )
+    stopwatch = Stopwatch(device)
+    done, images = 0, []
+    starts = range(0, count, batch)
+    quiet = 1.0 if sys.stderr.isatty() else 20.0
+    for start in tqdm(starts, desc="generate", unit="batch", mininterval=quiet):
+        made = parts.load(start)
+        if made is None:
+            here = seeds[start : start + batch]
+            source = NoiseSource(here, shape)
+            label = None
+            if conditional:
+                label = torch.from_numpy(labels[start : start + len(here)]).to(device)
+            latents = source.latents().to(device)
+            made = to_uint8(draw.sample(denoiser, latents, label, noise=source))
+            done += len(made)
+            parts.save(start, made)
+        images.append(made)
+        _progress(run_dir, start + len(made), count, stopwatch.seconds)
+    seconds = stopwatch.seconds
+    samples = np.concatenate(images)
+    _save_samples(out / "samples.npz", samples, labels)
+    _save_picture(out / "grid.png", tile(samples[: GRID * GRID]))
+    result = {
+        "status": "done",
+        "reason": None,
+        "images": count,
+        **facts,
+        "weights_sha256": weights_sha256,
+        "samples_sha256": sha256(out / "samples.npz"),
+        "seconds": seconds,
+        "images_per_second": done / seconds if done else None,
+        "peak_memory_mib": stopwatch.peak_memory_mib,
+        "provenance": provenance(device),
+    }
+    write_json(out / "generate.json", result)
+    parts.clear()
+    return result
+
+
+def _progress(run_dir: Path, done: int, count: int, seconds: float) -> None:
+    path = run_dir / "state" / "progress.json"
+    progress = {"stage": "generate", "step": done, "steps": count, "seconds": seconds}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**progress, "time": time.time()}))

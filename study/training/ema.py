@@ -1,0 +1,51 @@
+"""Exponential moving average of the weights."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def decay(settings: dict[str, Any], batch: int, images_seen: int) -> float:
+    """Decay of one step after ``images_seen`` images.
+
+    Either a fixed ``rate``, or EDM's: 0.5^(batch / h) with the half-life h in images, limited to
+    ``rampup`` times the images seen so far (Karras et al. 2022, released training loop).
+    """
+    if settings["rate"] is not None:
+        return settings["rate"]
+    halflife = settings["halflife"]
+    if settings["rampup"] is not None:
+        halflife = min(halflife, images_seen * settings["rampup"])
+    return 0.5 ** (batch / max(halflife, 1e-8))
+
+
+class Ema:
+    """Averaged copy of a module's parameters; buffers are copied as they are.
+
+    It starts as a copy of the initial weights.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        self._parameters = [key for key, _ in module.named_parameters()]
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, decay: float) -> None:
+        """average = decay * average + (1 - decay) * weights."""
+        current = dict(module.named_parameters())
+        averages = [self.average[key] for key in self._parameters]
+        weights = [current[key] for key in self._parameters]
+        torch._foreach_lerp_(averages, weights, 1.0 - decay)
+        for key, value in module.named_buffers():
+            if key in self.average:
+                self.average[key].copy_(value)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averaged weights under the module's own keys."""
+        return self.average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from saved averages."""
+        for key, value in state.items():
+            self.average[key].copy_(value)

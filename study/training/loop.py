@@ -1,0 +1,503 @@
+"""The training loop.
+
+Everything random is a function of (seed, step) and is made for the whole batch before a process
+takes its share, so the numbers do not depend on processes, micro-batches or interruptions.
+"""
+
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from study.backbones.base import check_attention
+from study.data import Archive, order, reference_indices
+from study.diffusion import formulation as make_formulation
+from study.diffusion.stf import StableTarget, reference_batch
+from study.files import UserError, atomic, write_json
+from study.network import build_network
+from study.provenance import Stopwatch, provenance
+from study.randomness import generator, seed_of
+from study.training import checkpoint
+from study.training.divergence import Watch
+from study.training.dynamics import Blocks, LossByNoise, SkipObserver, Table
+from study.training.ema import Ema, decay
+
+FP16_SKIPS = 20
+"""Steps in a row that fp16's loss scaling may skip before the run counts as diverged."""
+
+
+class Interrupted(Exception):
+    """Asked to stop; a checkpoint was written and the same command resumes."""
+
+
+class _Signals:
+    """Notes SIGTERM, SIGINT and SIGUSR1 (sent by schedulers before a time limit)."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number).name
+
+
+class _Batches:
+    """The batch of any step: the process's share of the training images, and the reference."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        spec: dict[str, Any],
+        device: torch.device,
+        share: slice,
+        uniform: bool,
+    ) -> None:
+        self.archive, self.device, self.share, self.uniform = archive, device, share, uniform
+        self.settings, self.target, self.seeds = spec["training"], spec["target"], spec["seeds"]
+        self.batch = self.settings["batch"]
+        self.augmentation = None
+        if self.settings["augment"]:
+            from study.diffusion.augmentation import Augmentation
+
+            self.augmentation = Augmentation(self.settings["augment"])
+
+    def _load(self, indices: Any, step: int, part: str) -> tuple[Tensor, Tensor | None]:
+        draw = None
+        if getattr(self.archive, "moments", False):
+            noise = generator(self.seeds["data"], "latent", part, step)
+            shape = (len(indices), self.archive.channels, *[self.archive.resolution] * 2)
+            draw = torch.randn(shape, generator=noise)
+        images, labels = self.archive.batch(indices, draw)
+        if self.settings["flip"]:
+            flips = torch.rand(len(images), generator=generator(self.seeds["data"], part, step))
+            images = torch.where((flips < 0.5)[:, None, None, None], images.flip(3), images)
+        return images, labels
+
+    def _augment(self, images: Tensor, step: int, part: str) -> tuple[Tensor, Tensor | None]:
+        if self.augmentation is None:
+            return images, None
+        seeds = [seed_of(self.seeds["data"], "augment", part, step, i) for i in range(len(images))]
+        return self.augmentation(images, seeds)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """Images, labels, draws and noise of the process's share, and the whole reference."""
+        indices = order(self.seeds["data"], step * self.batch, self.batch, len(self.archive))
+        images, labels = self._load(indices, step, "flip")
+        images, augment_labels = self._augment(images, step, "batch")
+        if not self.settings["conditional"]:
+            labels = None
+        elif self.settings["label_dropout"]:
+            drop = torch.rand(self.batch, generator=generator(self.seeds["noise"], "drop", step))
+            null = torch.full_like(labels, self.archive.num_classes)
+            labels = torch.where(drop < self.settings["label_dropout"], null, labels)
+        levels = generator(self.seeds["noise"], "level", step)
+        draws = (torch.rand if self.uniform else torch.randn)(self.batch, generator=levels)
+        noise = torch.randn(images.shape, generator=generator(self.seeds["noise"], "noise", step))
+        stable = None
+        if self.target["kind"] == "stf":
+            count = self.target["reference"] - self.batch
+            rest = reference_indices(
+                self.seeds["data"], step, count, len(self.archive), exclude=indices
+            )
+            others, _ = self._load(rest, step, "reference")
+            others, _ = self._augment(others, step, "reference")
+            stable = StableTarget(reference_batch(images, others).to(self.device))
+        share = {"images": images, "labels": labels, "draws": draws, "noise": noise}
+        share["augment_labels"] = augment_labels
+        moved = {
+            key: None if value is None else value[self.share].to(self.device, non_blocking=True)
+            for key, value in share.items()
+        }
+        return {**moved, "stable": stable}
+
+
+def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimizer:
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[settings["optimizer"]](
+        parameters,
+        lr=settings["lr"],
+        betas=tuple(settings["betas"]),
+        eps=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        foreach=True,
+    )
+
+
+def _accelerator(precision: str) -> Accelerator:
+    mixed = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}[precision]
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available() or None)
+    if precision == "fp16" and accelerator.device.type != "cuda":
+        raise UserError(
+            f"training.precision: fp16 needs a GPU, but this job runs on "
+            f"{accelerator.device.type}; use fp32 or bf16"
+        )
+    return accelerator
+
+
+def _share(batch: int, accelerator: Accelerator) -> slice:
+    processes = accelerator.num_processes
+    if batch % processes:
+        raise UserError(
+            f"training.batch: {batch} images cannot be shared by {processes} processes; "
+            "take a multiple"
+        )
+    size = batch // processes
+    return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
+
+
+def _check_data(spec: dict[str, Any], archive: Archive) -> None:
+    training, target = spec["training"], spec["target"]
+    if training["conditional"] and archive.labels is None:
+        raise UserError(f"training.conditional: data set {archive.name} has no labels")
+    if target["kind"] == "stf" and target["reference"] > len(archive):
+        raise UserError(
+            f"target stf({target['reference']}): data set {archive.name} has only "
+            f"{len(archive)} images; take at most that many"
+        )
+
+
+class _Progress:
+    """``state/progress.json`` for ``study status``, and a progress bar for people."""
+
+    def __init__(self, folder: Path, start: int, steps: int, seconds: float, main: bool) -> None:
+        self.folder, self.steps, self.main = folder, steps, main
+        self.before, self.begun, self.written = seconds, time.time(), 0.0
+        interval = 1.0 if sys.stderr.isatty() else 20.0
+        self.bar = tqdm(
+            total=steps,
+            initial=start,
+            desc="train",
+            unit="step",
+            mininterval=interval,
+            disable=not main,
+            dynamic_ncols=True,
+        )
+
+    def __call__(self, step: int, loss: float) -> None:
+        self.bar.update(step - self.bar.n)
+        if not self.main or time.time() - self.written < 2.0:
+            return
+        self.written = time.time()
+        self.bar.set_postfix_str(f"loss {loss:.4g}", refresh=False)
+        seconds = self.before + self.written - self.begun
+        write_json(
+            self.folder / "progress.json",
+            {
+                "stage": "train",
+                "step": step,
+                "steps": self.steps,
+                "seconds": seconds,
+                "time": self.written,
+            },
+        )
+
+
+class Trainer:
+    """One run: its network, optimiser, averages and log. ``train`` is the way in."""
+
+    def __init__(
+        self, spec: dict[str, Any], archive: Archive, state: Path, machine: dict[str, Any]
+    ) -> None:
+        self.spec, self.archive, self.folder, self.machine = spec, archive, state, machine
+        self.settings = spec["training"]
+        _check_data(spec, archive)
+        self.accelerator = _accelerator(self.settings["precision"])
+        self.device = self.accelerator.device
+        check_attention(self.settings["attention"], self.device)
+        self.formulation = make_formulation(
+            spec["formulation"], noise_scale=spec["backbone"]["noise_scale"]
+        )
+        self.backbone = build_network(spec, archive, machine.get("checkpointing", False))
+        self.backbone.to(self.device).train()
+        self.ema = Ema(self.backbone)
+        optimizer = _optimizer(self.settings, self.backbone.parameters())
+        self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
+        self.parameters = list(self.backbone.parameters())
+        self.blocks = Blocks(self.backbone)
+        fp16 = self.settings["precision"] == "fp16"
+        self.watch = Watch(self.settings["divergence"], skips=FP16_SKIPS if fp16 else 0)
+        self.dynamics, self.timing, self.by_noise = Table(), Table(), LossByNoise()
+        self.step, self.seconds = 0, 0.0
+        self.losses: list[float] = []
+        steps = self.settings["steps"]
+        self.log_every = machine.get("log_every") or max(1, steps // 200)
+        share = _share(self.settings["batch"], self.accelerator)
+        self.batches = _Batches(
+            archive, spec, self.device, share, self.formulation.draw == "uniform"
+        )
+
+    # --- state -------------------------------------------------------------------------------
+
+    def save(self, identity: dict[str, Any]) -> None:
+        """Write everything that the next steps depend on."""
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            checkpoint.save(
+                self.folder,
+                identity,
+                {
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "model": self.backbone.state_dict(),
+                    "ema": self.ema.state_dict(),
+                    "optimizer": self.optimizer.state_dict(),
+                    "scaler": scaler.state_dict() if scaler is not None else None,
+                    "watch": self.watch.state_dict(),
+                    "dynamics": self.dynamics.columns,
+                    "timing": self.timing.columns,
+                    "losses": self.losses,
+                    "by_noise": [self.by_noise.sums, self.by_noise.counts],
+                },
+            )
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, identity: dict[str, Any]) -> None:
+        """Continue from the checkpoint of this identity, if there is one."""
+        if self.accelerator.is_main_process:
+            state = checkpoint.load(self.folder, identity)
+        self.accelerator.wait_for_everyone()
+        if not self.accelerator.is_main_process:
+            state = checkpoint.load(self.folder, identity)
+        if state is None:
+            return
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.backbone.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.watch.load_state_dict(state["watch"])
+        self.dynamics.columns, self.timing.columns = state["dynamics"], state["timing"]
+        self.losses = state["losses"]
+        self.by_noise.sums, self.by_noise.counts = state["by_noise"]
+        print(f"resumed at step {self.step} of {self.settings['steps']}", flush=True)
+
+    # --- one step ----------------------------------------------------------------------------
+
+    def _network(self, augment_labels: Tensor | None) -> Any:
+        conditioning = {} if augment_labels is None else {"augment_labels": augment_labels}
+
+        def network(x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
+            with self.accelerator.autocast():
+                return self.model(x, noise, label, **conditioning).float()
+
+        return network
+
+    def _backward(self) -> tuple[float, Tensor, Tensor]:
+        """Gradients of the batch; its loss, and per-sample noise level and loss."""
+        batch = self.batches(self.step)
+        images = batch["images"]
+        size = self.machine.get("micro_batch") or len(images)
+        pieces = [slice(i, i + size) for i in range(0, len(images), size)]
+        sigmas, losses = [], []
+        if self.settings["dropout"]:
+            set_seed(
+                seed_of(self.spec["seeds"]["noise"], "dropout", self.step) % 2**32,
+                device_specific=True,
+            )
+        for number, piece in enumerate(pieces):
+            part = {
+                key: None if batch[key] is None else batch[key][piece]
+                for key in ("images", "draws", "noise", "labels", "augment_labels")
+            }
+            last = number == len(pieces) - 1
+            with self.accelerator.no_sync(self.model) if not last else _nothing():
+                loss = self.formulation.loss(
+                    self._network(part["augment_labels"]),
+                    part["images"],
+                    part["draws"],
+                    part["noise"],
+                    label=part["labels"],
+                    stable_target=batch["stable"],
+                )
+                # The mean over the whole batch; DistributedDataParallel averages over processes.
+                total = loss.per_sample.sum() / self.settings["batch"]
+                self.accelerator.backward(total * self.accelerator.num_processes)
+            sigmas.append(loss.sigma.detach().float())
+            losses.append(loss.elements.detach().flatten(1).mean(1).float())
+        sigma, losses = torch.cat(sigmas), torch.cat(losses)
+        if self.accelerator.num_processes > 1:
+            sigma, losses = self.accelerator.gather((sigma, losses))
+        return losses.mean().item(), sigma.cpu(), losses.cpu()
+
+    def _set_lr(self) -> float:
+        warmup = self.settings["warmup"]
+        lr = self.settings["lr"] * (min(self.step / warmup, 1.0) if warmup else 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def advance(self) -> str | None:
+        """One step. Returns why the run has diverged, or ``None``."""
+        lr = self._set_lr()
+        logs = self.step % self.log_every == 0 or self.step == self.settings["steps"] - 1
+        with SkipObserver(self.backbone) if logs else _nothing() as observer:
+            value, sigma, losses = self._backward()
+        self.losses.append(value)
+        self.by_noise.add(sigma, losses)
+        if self.accelerator.scaler is not None:
+            self.accelerator.unscale_gradients()
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.settings["nan_to_num"]:
+            for gradient in gradients:
+                torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+        norm = Blocks.norm(gradients)
+        if logs:
+            self.dynamics.add(self.step, "loss", sum(self.losses) / len(self.losses))
+            self.losses.clear()
+            self.by_noise.log(self.dynamics, self.step)
+            self.dynamics.add(self.step, "grad_norm", norm)
+            self.dynamics.add(self.step, "lr", lr)
+            observer.log(self.dynamics, self.step)
+            self.blocks.log_gradients(self.dynamics, self.step)
+            before = self.blocks.copy()
+        reason = self.watch.step(self.step, value, norm)
+        if reason is not None:
+            return reason
+        if self.settings["clip"] is not None and math.isfinite(norm):
+            if norm > self.settings["clip"]:
+                torch._foreach_mul_(gradients, self.settings["clip"] / norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if logs:
+            self.blocks.log_updates(self.dynamics, self.step, before)
+        self.step += 1
+        batch = self.settings["batch"]
+        self.ema.update(self.backbone, decay(self.settings["ema"], batch, self.step * batch))
+        if logs and not all(torch.isfinite(p).all() for p in self.parameters):
+            return "non-finite weights"
+        return None
+
+
+class _nothing:  # noqa: N801 - reads like contextlib.nullcontext, but yields None
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exception: object) -> None:
+        return None
+
+
+def _save_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    with atomic(path) as temporary:
+        save_file({key: value.cpu().contiguous() for key, value in weights.items()}, temporary)
+
+
+def _is_sound(module: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p).all()) for p in module.parameters())
+
+
+def train(
+    spec: dict[str, Any],
+    data: str | Path,
+    out: str | Path,
+    state: str | Path,
+    *,
+    machine: dict[str, Any] | None = None,
+    threads: int | None = None,
+    stop_file: str | Path | None = None,
+    code: str | None = None,
+) -> dict[str, Any]:
+    """Train one run and write its folder; resume where an earlier attempt stopped.
+
+    ``spec`` is a resolved spec, ``data`` a dataset archive, ``out`` the run's ``train/`` folder
+    and ``state`` the folder of its checkpoint. ``machine`` holds settings that only concern
+    speed. Returns what ``status.json`` holds; a run that diverges is a result, not an error.
+
+    Raises ``Interrupted`` after SIGTERM, SIGINT, SIGUSR1 or when ``stop_file`` appears (a
+    checkpoint is then written), ``UserError`` for settings that cannot be.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    machine, out, state = machine or {}, Path(out), Path(state)
+    signals = _Signals()
+    archive = Archive(data)
+    if archive.fits(machine.get("resident_mib", 4096) * 2**20):
+        archive.resident()
+    trainer = Trainer(spec, archive, state, machine)
+    identity = {"spec": spec, "code": code, "data": archive.sha256}
+    trainer.resume(identity)
+    stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
+    main = trainer.accelerator.is_main_process
+    steps, start = trainer.settings["steps"], trainer.step
+    progress = _Progress(state, start, steps, trainer.seconds, main)
+    saved, logged, begun = time.monotonic(), trainer.step, time.perf_counter()
+    reason = None
+    while trainer.step < steps and reason is None:
+        reason = trainer.advance()
+        trainer.seconds = stopwatch.seconds
+        progress(trainer.step, trainer.watch.last_finite.get("loss", math.nan))
+        if trainer.step - logged >= trainer.log_every:
+            now = time.perf_counter()
+            trainer.timing.add(
+                trainer.step, "step_seconds", (now - begun) / (trainer.step - logged)
+            )
+            logged, begun = trainer.step, now
+        asked = signals.received or (stop_file and Path(stop_file).exists() and str(stop_file))
+        if trainer.accelerator.num_processes > 1:
+            asked = _agree(trainer, bool(asked)) and (asked or "another process")
+        due = time.monotonic() - saved > machine.get("save_every", 60.0)
+        if trainer.accelerator.num_processes > 1:
+            due = _agree(trainer, due)
+        if asked and reason is None and trainer.step < steps:
+            trainer.save(identity)
+            raise Interrupted(
+                f"stopped by {asked} at step {trainer.step} of {steps}; the same command resumes"
+            )
+        if due and reason is None:
+            trainer.save(identity)
+            saved = time.monotonic()
+    progress.bar.close()
+    if reason is None and not _is_sound(trainer.backbone):
+        reason = "non-finite weights"
+    if reason is None and trainer.step > start:
+        trainer.save(identity)
+    seconds = stopwatch.seconds
+    status = {
+        "status": "done" if reason is None else "diverged",
+        "step": trainer.step,
+        "steps": steps,
+        "reason": reason,
+        "last_finite": trainer.watch.last_finite,
+        "run": out.parent.name,
+        "spec": spec,
+        "code": code,
+        "data_sha256": archive.sha256,
+        "seeds": spec["seeds"],
+        "parameters": sum(p.numel() for p in trainer.parameters),
+        "skips": len(trainer.backbone.long_skips),
+        "skip_factors": trainer.backbone.long_skips.factors,
+        "images_seen": trainer.step * trainer.settings["batch"],
+        "train_seconds": seconds,
+        "images_per_second": trainer.step * trainer.settings["batch"] / max(seconds, 1e-9),
+        "peak_memory_mib": stopwatch.peak_memory_mib,
+        "final_loss": trainer.watch.last_finite.get("loss"),
+        "processes": trainer.accelerator.num_processes,
+        "provenance": provenance(trainer.device),
+    }
+    if main:
+        out.mkdir(parents=True, exist_ok=True)
+        _save_weights(out / "weights.safetensors", trainer.ema.state_dict())
+        _save_weights(out / "raw.safetensors", trainer.backbone.state_dict())
+        trainer.dynamics.write(out / "dynamics.parquet")
+        trainer.timing.write(out / "timing.parquet")
+        write_json(out / "status.json", status)
+        where = f"step {trainer.step} of {steps}"
+        print(f"{status['status']} at {where}" + (f": {reason}" if reason else ""), flush=True)
+    trainer.accelerator.end_training()
+    return status
+
+
+def _agree(trainer: Trainer, value: bool) -> bool:
+    """Whether any process says so; all of them then leave at the same step."""
+    flag = torch.tensor([float(value)], device=trainer.device)
+    return bool(trainer.accelerator.reduce(flag, reduction="sum").item() > 0)
