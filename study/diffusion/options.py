@@ -1,0 +1,239 @@
+"""Options of the formulations, checked without importing torch.
+
+Each model lists the options of one formulation with the published values as defaults, so that a
+configuration can be validated, completed and documented without the numerical libraries.
+`OPTIONS` maps the `kind` of a formulation to its model.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @property
+    def output_multiplier(self) -> int:
+        """Output channels that the network needs for each image channel."""
+        return 1
+
+
+class EDMOptions(_Options):
+    """EDM preconditioning, noise distribution and loss (Karras et al. 2022, table 1)."""
+
+    kind: Literal["edm"] = "edm"
+    P_mean: float = Field(-1.2, description="Mean of ln(sigma) in training.")
+    P_std: float = Field(1.2, gt=0, description="Standard deviation of ln(sigma) in training.")
+    sigma_data: float = Field(0.5, gt=0, description="Standard deviation of the data.")
+    sigma_min: float = Field(0.0, ge=0, description="Smallest noise level the denoiser supports.")
+    sigma_max: float | None = Field(
+        None, gt=0, description="Largest noise level the denoiser supports; null: no limit."
+    )
+
+
+class VPOptions(_Options):
+    """Variance-preserving preconditioning of the EDM family."""
+
+    kind: Literal["vp"] = "vp"
+    beta_d: float = Field(19.9, gt=0, description="Extent of the noise schedule.")
+    beta_min: float = Field(0.1, gt=0, description="Initial slope of the noise schedule.")
+    M: int = Field(1000, ge=2, description="Number of discrete steps behind the noise number.")
+    epsilon_t: float = Field(1e-5, gt=0, lt=1, description="Smallest time in training.")
+
+    @model_validator(mode="after")
+    def _resolved(self):
+        if self.epsilon_t * self.beta_min < 2e-7:
+            raise ValueError(
+                "epsilon_t * beta_min must be 2e-7 or more: float32 sees no noise below"
+            )
+        return self
+
+
+class VEOptions(_Options):
+    """Variance-exploding preconditioning of the EDM family."""
+
+    kind: Literal["ve"] = "ve"
+    sigma_min: float = Field(0.02, gt=0, description="Smallest noise level.")
+    sigma_max: float = Field(100.0, gt=0, description="Largest noise level.")
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError("sigma_min must be smaller than sigma_max")
+        return self
+
+
+class IDDPMOptions(_Options):
+    """Improved-DDPM preconditioning of the EDM family: a table of noise levels."""
+
+    kind: Literal["iddpm"] = "iddpm"
+    C_1: float = Field(0.001, gt=0, le=1, description="Lower limit of one step's signal ratio.")
+    C_2: float = Field(0.008, ge=0, description="Offset of the cosine schedule.")
+    M: int = Field(1000, ge=2, description="Number of noise levels.")
+    variance_channels: bool = Field(
+        True,
+        description="The network has twice the image channels, as the official one; the second "
+        "half is not used by this formulation.",
+    )
+
+    @property
+    def output_multiplier(self) -> int:
+        """Output channels that the network needs for each image channel."""
+        return 2 if self.variance_channels else 1
+
+
+class VPSDEOptions(_Options):
+    """U-ViT's formulation: variance-preserving SDE (or its discretisation) with LSimple."""
+
+    kind: Literal["vpsde"] = "vpsde"
+    schedule: Literal["linear", "cosine", "discrete"] = Field(
+        "linear",
+        description="linear or cosine: continuous time, the network receives 999 t; discrete: "
+        "the Stable-Diffusion schedule, the network receives the step 1..steps.",
+    )
+    prediction: Literal["eps", "x0"] = Field("eps", description="What the network predicts.")
+    beta_min: float = Field(0.1, gt=0, description="linear: beta at t = 0.")
+    beta_max: float = Field(20.0, gt=0, description="linear: beta at t = 1.")
+    cosine_s: float = Field(0.008, ge=0, description="cosine: offset of the schedule.")
+    steps: int = Field(1000, ge=2, description="discrete: number of steps.")
+    beta_start: float = Field(0.00085, gt=0, lt=1, description="discrete: first beta.")
+    beta_end: float = Field(0.012, gt=0, lt=1, description="discrete: last beta.")
+
+
+class DDPMOptions(_Options):
+    """Discrete diffusion of U-DiT (the defaults) and of Patch Diffusion.
+
+    U-DiT: eps prediction, unweighted error, learned variance with values in [-1, 1].
+    Patch Diffusion: prediction x0, weighting sqrt_snr, variance_values unit.
+    """
+
+    kind: Literal["ddpm"] = "ddpm"
+    steps: int = Field(1000, ge=2, description="Number of steps T.")
+    schedule: str = Field(
+        "linear",
+        pattern=r"^(linear(\d+(\.\d*)?|\.\d+)?|cosine)$",
+        description="Betas: linear (1e-4..0.02), linearX (1e-4..X), both times 1000/T; or cosine.",
+    )
+    prediction: Literal["eps", "x0", "v"] = Field("eps", description="What the network predicts.")
+    variance: Literal["learned", "fixed_small", "fixed_large"] = Field(
+        "learned",
+        description="learned: interpolated between the two fixed ones by extra output channels; "
+        "fixed_small: that of the posterior; fixed_large: beta.",
+    )
+    variance_values: Literal["signed", "unit"] = Field(
+        "signed",
+        description="signed: learned values in [-1, 1], +1 meaning beta (U-DiT); unit: values in "
+        "(0, 1), 1 meaning the posterior variance (Patch Diffusion).",
+    )
+    weighting: Literal["uniform", "sqrt_snr", "snr", "snr+1", "truncated_snr", "p2"] = Field(
+        "uniform",
+        description="uniform: unweighted error of the network's own prediction (U-DiT); the "
+        "others weight the error of x0, whatever the prediction (Patch Diffusion).",
+    )
+    loss: Literal["mse", "rescaled_mse", "kl", "rescaled_kl"] = Field(
+        "mse",
+        description="mse: error plus, with learned variance, the variational term; rescaled_mse: "
+        "that term times T/1000; kl: the variational term alone; rescaled_kl: it times T.",
+    )
+    rescale_timesteps: bool = Field(
+        False, description="Give the network t * 1000 / T instead of t."
+    )
+    splits: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="Signal-to-noise ratios at which the steps are split among models."
+    )
+    split: int | None = Field(
+        None, ge=0, description="The split that this network is trained on; 0: least noise."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.split is not None and self.split > len(self.splits):
+            raise ValueError(f"split must lie in 0..{len(self.splits)}")
+        if self.splits and self.split is None:
+            raise ValueError("splits needs split: the index of the part to train on")
+        return self
+
+    @property
+    def output_multiplier(self) -> int:
+        """Output channels that the network needs for each image channel."""
+        return 2 if self.variance == "learned" else 1
+
+
+OPTIONS: dict[str, type[_Options]] = {
+    "edm": EDMOptions,
+    "vp": VPOptions,
+    "ve": VEOptions,
+    "iddpm": IDDPMOptions,
+    "vpsde": VPSDEOptions,
+    "ddpm": DDPMOptions,
+}
+
+
+class AugmentationOptions(_Options):
+    """EDM's augmentation; the defaults are the CIFAR-10 setting.
+
+    A stage acts on an image with probability multiplier * p; multiplier 0 leaves it out, together
+    with its labels.
+    """
+
+    p: float = Field(0.12, ge=0, description="Probability that every multiplier is applied to.")
+    xflip: float = Field(1e8, ge=0, description="Multiplier: mirror left-right, half the time.")
+    yflip: float = Field(1.0, ge=0, description="Multiplier: mirror top-bottom, half the time.")
+    rotate_int: float = Field(0.0, ge=0, description="Multiplier: rotation by quarter turns.")
+    translate_int: float = Field(0.0, ge=0, description="Multiplier: shift by whole pixels.")
+    translate_int_max: float = Field(
+        0.125, gt=0, description="Largest shift by whole pixels, relative to the image size."
+    )
+    scale: float = Field(1.0, ge=0, description="Multiplier: isotropic scaling.")
+    rotate_frac: float = Field(1.0, ge=0, description="Multiplier: rotation by any angle.")
+    aniso: float = Field(1.0, ge=0, description="Multiplier: anisotropic scaling.")
+    translate_frac: float = Field(1.0, ge=0, description="Multiplier: shift by any distance.")
+    scale_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the scale.")
+    rotate_frac_max: float = Field(1.0, ge=0, description="Largest angle; 1 is half a turn.")
+    aniso_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the aspect.")
+    aniso_rotate_prob: float = Field(
+        0.5, ge=0, le=1, description="Probability that the anisotropic axis is turned."
+    )
+    translate_frac_std: float = Field(
+        0.125, ge=0, description="Standard deviation of the shift, relative to the image size."
+    )
+    brightness: float = Field(0.0, ge=0, description="Multiplier: brightness.")
+    contrast: float = Field(0.0, ge=0, description="Multiplier: contrast.")
+    lumaflip: float = Field(0.0, ge=0, description="Multiplier: inversion of luma.")
+    hue: float = Field(0.0, ge=0, description="Multiplier: rotation of hue.")
+    saturation: float = Field(0.0, ge=0, description="Multiplier: saturation.")
+    brightness_std: float = Field(0.2, ge=0, description="Standard deviation of the brightness.")
+    contrast_std: float = Field(0.5, ge=0, description="Standard deviation of log2 of contrast.")
+    hue_max: float = Field(1.0, ge=0, description="Largest rotation of hue; 1 is half a turn.")
+    saturation_std: float = Field(
+        1.0, ge=0, description="Standard deviation of log2 of the saturation."
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages in use, in order."""
+        return tuple(name for name in AUGMENTATION_LABELS if getattr(self, name) > 0)
+
+    @property
+    def label_dim(self) -> int:
+        """Length of the augmentation label."""
+        return sum(AUGMENTATION_LABELS[name] for name in self.stages)
+
+
+AUGMENTATION_LABELS = {
+    "xflip": 1,
+    "yflip": 1,
+    "rotate_int": 2,
+    "translate_int": 2,
+    "scale": 1,
+    "rotate_frac": 2,
+    "aniso": 2,
+    "translate_frac": 2,
+    "brightness": 1,
+    "contrast": 1,
+    "lumaflip": 1,
+    "hue": 2,
+    "saturation": 1,
+}
+"""Augmentation stages in order, and how many entries each has in the label."""

@@ -1,0 +1,397 @@
+"""The options of every sampler and of guidance: names, defaults, ranges, and what they mean.
+
+Light on purpose (no torch): a study's configuration is checked with these models, and a plan counts
+network evaluations with :func:`nfe`.
+"""
+
+import difflib
+import math
+import re
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
+
+from study.files import UserError
+
+
+def _infinite(value: Any) -> Any:
+    """JSON has no infinity: ``null`` and ``"inf"`` stand for it."""
+    return math.inf if value is None or value in ("inf", "+inf", "infinity", ".inf") else value
+
+
+UpperBound = Annotated[
+    float,
+    BeforeValidator(_infinite),
+    PlainSerializer(lambda value: "inf" if math.isinf(value) else value, return_type=float | str),
+    WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "inf"}]}),
+]
+"""A float that may be infinite; it is written as ``"inf"`` so that JSON stays strict."""
+
+
+class SamplerOptions(BaseModel):
+    """What every sampler's options have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        """Denoiser evaluations per image; ``timesteps`` is the length of a discrete formulation.
+
+        It matters for discrete samplers without respacing only.
+        """
+        raise NotImplementedError
+
+
+class _Churn(SamplerOptions):
+    S_churn: float = Field(
+        default=0.0,
+        ge=0,
+        description="Amount of noise added back over the whole trajectory; 0 is deterministic.",
+    )
+    S_min: float = Field(default=0.0, ge=0, description="Lowest sigma at which noise is added.")
+    S_max: UpperBound = Field(
+        default="inf", gt=0, description='Highest sigma at which noise is added ("inf": all).'
+    )
+    S_noise: float = Field(
+        default=1.0, ge=0, description="Standard deviation of the added noise, 1 in theory."
+    )
+
+
+class EDMHeunOptions(_Churn):
+    """The stochastic sampler of Karras et al. 2022, Algorithm 2, and its Euler form."""
+
+    kind: Literal["edm_heun"] = Field(default="edm_heun", description="EDM's sampler.")
+    steps: int = Field(default=18, ge=1, description="Number of steps N.")
+    sigma_min: float = Field(
+        default=0.002,
+        gt=0,
+        description="Last noise level above zero; the network's range clips it.",
+    )
+    sigma_max: float = Field(
+        default=80.0, gt=0, description="First noise level; the network's range clips it."
+    )
+    rho: float = Field(default=7.0, gt=0, description="Curvature of the noise levels; 1 is linear.")
+    solver: Literal["heun", "euler"] = Field(
+        default="heun",
+        description="heun: second order, 2N-1 evaluations. euler: first order, N evaluations.",
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "EDMHeunOptions":
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
+        return self
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+
+class EDMAblationOptions(_Churn):
+    """The generalised sampler of Karras et al. 2022, Appendices B and C."""
+
+    kind: Literal["edm_ablation"] = Field(default="edm_ablation", description="EDM's ablations.")
+    steps: int = Field(default=18, ge=1, description="Number of steps N.")
+    sigma_min: float | None = Field(
+        default=None,
+        gt=0,
+        description="Last noise level above zero; null takes the discretisation's own "
+        "(vp: sigma_vp(epsilon_s), ve 0.02, iddpm 0.002, edm 0.002).",
+    )
+    sigma_max: float | None = Field(
+        default=None,
+        gt=0,
+        description="First noise level; null takes the discretisation's own "
+        "(vp: sigma_vp(1), ve 100, iddpm 81, edm 80).",
+    )
+    rho: float = Field(default=7.0, gt=0, description="Curvature of the edm discretisation.")
+    solver: Literal["heun", "euler"] = Field(default="heun", description="Order 2 or order 1.")
+    discretization: Literal["vp", "ve", "iddpm", "edm"] = Field(
+        default="edm", description="Which noise levels are visited."
+    )
+    schedule: Literal["vp", "ve", "linear"] = Field(
+        default="linear", description="sigma(t), the noise level as a function of the ODE's time."
+    )
+    scaling: Literal["vp", "none"] = Field(
+        default="none", description="s(t), the scaling of the signal as a function of time."
+    )
+    epsilon_s: float = Field(
+        default=1e-3, gt=0, lt=1, description="Smallest time of the vp discretisation."
+    )
+    C_1: float = Field(
+        default=1e-3, gt=0, description="Floor of the iddpm table's ratio of signal levels."
+    )
+    C_2: float = Field(default=8e-3, ge=0, description="Time offset of the iddpm table.")
+    M: int = Field(default=1000, ge=2, description="Number of entries of the iddpm table.")
+    alpha: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="Where the second evaluation of a step stands: 1 is Heun, 1/2 the midpoint "
+        "rule, 2/3 Ralston.",
+    )
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        return 2 * self.steps - 1 if self.solver == "heun" else self.steps
+
+
+class _VPTime(SamplerOptions):
+    """Samplers that walk a variance-preserving process in its own time t in [0, 1]."""
+
+    schedule: Literal["formulation", "linear", "cosine", "discrete"] = Field(
+        default="formulation",
+        description="The process x_t = alpha(t) y + s(t) n that is walked. formulation: the "
+        "denoiser's own where it has one, else linear. linear: beta(t) from 0.1 to 20. "
+        "cosine: improved DDPM's. discrete: Stable Diffusion's 1000 steps.",
+    )
+    t_start: float = Field(
+        default=1.0, gt=0, le=1, description="First time; clipped to the denoiser's sigma range."
+    )
+
+
+class DPMSolverOptions(_VPTime):
+    """DPM-Solver "fast" of Lu et al. 2022 (singlestep, order 3 with a lower tail), as in U-ViT."""
+
+    kind: Literal["dpm_solver"] = Field(default="dpm_solver", description="DPM-Solver, fast.")
+    steps: int = Field(default=50, ge=1, description="Number of denoiser evaluations.")
+    spacing: Literal["logsnr", "time"] = Field(
+        default="logsnr", description="Steps uniform in log signal-to-noise ratio or in time."
+    )
+    t_end: float = Field(default=1e-4, gt=0, lt=1, description="Last time; the sample is x there.")
+    precision: Literal["float64", "float32"] = Field(
+        default="float64",
+        description="Of the solver's schedule. float32 is that of U-ViT's released code, whose s "
+        "is off by 0.3 percent at t = 1e-4.",
+    )
+    prediction: ClassVar[str] = "noise"
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "DPMSolverOptions":
+        if self.t_end >= self.t_start:
+            raise ValueError(f"t_end {self.t_end} is not below t_start {self.t_start}")
+        return self
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        return self.steps
+
+
+class DPMSolverPPOptions(DPMSolverOptions):
+    """DPM-Solver++ "fast" of Lu et al. 2022b in data prediction, as U-ViT's discrete models use."""
+
+    kind: Literal["dpm_solver_pp"] = Field(  # type: ignore[assignment]
+        default="dpm_solver_pp", description="DPM-Solver++, fast."
+    )
+    spacing: Literal["logsnr", "time"] = Field(
+        default="time", description="Steps uniform in log signal-to-noise ratio or in time."
+    )
+    t_end: float = Field(default=1e-3, gt=0, lt=1, description="Last time; the sample is x there.")
+    prediction: ClassVar[str] = "data"
+
+
+class EulerMaruyamaOptions(_VPTime):
+    """Euler(-Maruyama) on the reverse SDE or its probability-flow ODE (Song et al. 2021)."""
+
+    kind: Literal["euler_maruyama"] = Field(default="euler_maruyama", description="Reverse SDE.")
+    steps: int = Field(default=1000, ge=1, description="Number of updates and of evaluations.")
+    form: Literal["sde", "ode"] = Field(
+        default="sde", description="sde: noise at every update but the last. ode: deterministic."
+    )
+    t_end: float = Field(
+        default=1e-3, gt=0, lt=1, description="Last time above zero; one update from it ends at 0."
+    )
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        return self.steps
+
+
+class _Discrete(SamplerOptions):
+    """Samplers that walk a discrete process of T steps, or a respaced part of it."""
+
+    respacing: str = Field(
+        default="",
+        description='Which of the T steps are visited: "" all; "250" that many evenly; "10,15,20" '
+        'so many of each equal section; "ddim25" every i-th for the whole i that gives 25.',
+    )
+    threshold: Literal["none", "clip", "dynamic"] = Field(
+        default="clip",
+        description="What is done to the predicted clean image: clip to [-1, 1]; dynamic: clip to "
+        "its own quantile and divide by it; none, as for latents.",
+    )
+    quantile: float = Field(
+        default=0.995, gt=0, le=1, description="Quantile of |x0| per image of dynamic thresholding."
+    )
+    schedule: str = Field(
+        default="formulation",
+        pattern=r"^(formulation|linear(\d+(\.\d*)?|\.\d+)?|cosine)$",
+        description="Betas. formulation: the denoiser's own where it is discrete, else linear. Or "
+        "linear (1e-4..0.02), linearX (1e-4..X), cosine, whatever the denoiser.",
+    )
+    timesteps: int = Field(
+        default=1000, ge=2, description="Length T of a schedule that is not the denoiser's."
+    )
+    precision: Literal["float64", "float32"] = Field(
+        default="float64",
+        description="Of the sampler's arithmetic; float32 is that of the released codes.",
+    )
+
+    @field_validator("respacing", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        if isinstance(value, list | tuple):
+            value = ",".join(str(item) for item in value)
+        value = value.replace(" ", "") if isinstance(value, str) else value
+        if isinstance(value, str) and not re.fullmatch(
+            r"|ddim[1-9]\d*|[1-9]\d*(,[1-9]\d*)*", value
+        ):
+            raise ValueError(f'"{value}" is no respacing; "", "250", "10,15,20" or "ddim25" are')
+        return value
+
+    def evaluations(self, timesteps: int | None = None) -> int:
+        if self.respacing == "":
+            own = self.schedule == "formulation" and timesteps is not None
+            return timesteps if own else self.timesteps
+        if self.respacing.startswith("ddim"):
+            return int(self.respacing[4:])
+        return sum(int(count) for count in self.respacing.split(","))
+
+
+class AncestralOptions(_Discrete):
+    """Ancestral sampling of Ho et al. 2020 with the variances of Nichol & Dhariwal 2021."""
+
+    kind: Literal["ancestral"] = Field(default="ancestral", description="DDPM's sampler.")
+    variance: Literal["formulation", "small", "large"] = Field(
+        default="formulation",
+        description="Variance of a step. formulation: the denoiser's own (learned or fixed; small "
+        "where it has none). small: the posterior variance. large: beta.",
+    )
+
+
+class DDIMOptions(_Discrete):
+    """DDIM of Song et al. 2021."""
+
+    kind: Literal["ddim"] = Field(default="ddim", description="DDIM.")
+    eta: float = Field(
+        default=0.0, ge=0, description="0 is deterministic; 1 has DDPM's posterior variance."
+    )
+
+
+class GuidanceOptions(BaseModel):
+    """Classifier-free guidance as each paper defines it; ``s`` is the scale."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["edm", "uvit", "udit", "patch"] = Field(
+        default="edm",
+        description="edm: D_null + s (D_cond - D_null). uvit: e_cond + s (e_cond - e_null) on the "
+        "noise e, so that 0 is no guidance. udit: e_null + s (e_cond - e_null) on the first three "
+        "channels only. patch: the same on all channels, variance from the conditional pass.",
+    )
+    scale: float = Field(description="Strength s. No guidance is 0 for uvit and 1 for the others.")
+    channels: int | None = Field(
+        default=None,
+        ge=1,
+        description="How many of the first channels are guided; null: three for udit, else all.",
+    )
+
+    @property
+    def weight(self) -> float:
+        """w of null + w (cond - null), the common form of all four."""
+        return self.scale + 1 if self.kind == "uvit" else self.scale
+
+    @property
+    def guided_channels(self) -> int | None:
+        """Number of leading channels that are guided, ``None`` for all."""
+        return 3 if self.kind == "udit" and self.channels is None else self.channels
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations per denoiser evaluation: one where guidance changes nothing."""
+        return 1 if self.weight == 1 else 2
+
+
+OPTIONS: dict[str, type[SamplerOptions]] = {
+    "edm_heun": EDMHeunOptions,
+    "edm_ablation": EDMAblationOptions,
+    "dpm_solver": DPMSolverOptions,
+    "dpm_solver_pp": DPMSolverPPOptions,
+    "euler_maruyama": EulerMaruyamaOptions,
+    "ancestral": AncestralOptions,
+    "ddim": DDIMOptions,
+}
+"""Options model of every sampler kind."""
+
+
+def one_line(error: ValidationError) -> str:
+    """The first fault of a pydantic error, on one line: where, what, and what was given."""
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"])
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message
+
+
+def options(spec: dict[str, Any] | SamplerOptions) -> SamplerOptions:
+    """The checked options of ``{"kind": ..., ...}``. Raises ``UserError`` on one line."""
+    if isinstance(spec, SamplerOptions):
+        return spec
+    kind = spec.get("kind")
+    if kind not in OPTIONS:
+        close = difflib.get_close_matches(str(kind), OPTIONS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "one of " + ", ".join(OPTIONS)
+        raise UserError(f"sampler: unknown kind {kind!r}; {hint}")
+    try:
+        return OPTIONS[kind].model_validate(spec)
+    except ValidationError as error:
+        raise UserError(f"sampler {kind}: {one_line(error)}") from None
+
+
+def guidance_kind(formulation: dict[str, Any] | None) -> str:
+    """The kind of guidance that goes with a formulation, from its options."""
+    formulation = formulation or {}
+    if formulation.get("kind") == "ddpm":
+        return "patch" if formulation.get("variance_values") == "unit" else "udit"
+    return "uvit" if formulation.get("kind") == "vpsde" else "edm"
+
+
+def guidance_options(
+    spec: float | dict[str, Any] | GuidanceOptions | None,
+    formulation: dict[str, Any] | None = None,
+) -> GuidanceOptions | None:
+    """The checked options of guidance, or ``None``. Raises ``UserError`` on one line.
+
+    A number is a scale; its kind is that of the formulation (its options as a mapping).
+    """
+    if spec is None or isinstance(spec, GuidanceOptions):
+        return spec
+    if isinstance(spec, int | float):
+        spec = {"scale": spec}
+    try:
+        return GuidanceOptions.model_validate({"kind": guidance_kind(formulation), **spec})
+    except ValidationError as error:
+        raise UserError(f"guidance: {one_line(error)}") from None
+
+
+def nfe(
+    spec: dict[str, Any] | SamplerOptions,
+    guidance: float | dict[str, Any] | GuidanceOptions | None = None,
+    formulation: dict[str, Any] | None = None,
+) -> int:
+    """Network evaluations per image of a sampler, guidance counted, without torch.
+
+    ``formulation``: its options as a mapping. It matters for guidance that is a bare scale, and for
+    a discrete sampler without respacing on a discrete formulation.
+    """
+    guided = guidance_options(guidance, formulation)
+    formulation = formulation or {}
+    discrete = formulation.get("kind") == "ddpm" or formulation.get("schedule") == "discrete"
+    timesteps = formulation.get("steps", 1000) if discrete else None
+    return options(spec).evaluations(timesteps) * (guided.evaluations if guided else 1)
