@@ -228,6 +228,8 @@ def _short(options: dict[str, Any]) -> str:
 
 def _channels(dataset: dict[str, Any]) -> int | None:
     """Colour channels of the archive where the settings fix them."""
+    if dataset["source"] == "digits" and dataset["color"] != "rgb":
+        return 1
     if dataset["source"] in ("latents", "archive") or dataset["color"] == "keep":
         return None
     return 1 if dataset["color"] == "grey" else 3

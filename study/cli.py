@@ -151,15 +151,18 @@ def train(
 
 
 def _launch(processes: int, gpus: int) -> None:
-    """Run this very command in several processes, and end with their exit status."""
+    """Run this very command in several processes, and end with their exit status.
+
+    torch's own launcher, which is what ``accelerate launch`` calls for several GPUs; accelerate's
+    refuses several processes without a GPU unless MPI is there.
+    """
     import signal
     import subprocess
 
-    flags = ["--multi_gpu"] if gpus else ["--cpu"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
-    command += ["--num_processes", str(processes), "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    child = subprocess.Popen([*command, "-m", "study", *sys.argv[1:]])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", str(processes), "-m", "study", *sys.argv[1:]]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "false" if gpus else "true"}
+    child = subprocess.Popen(command, env=environment)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _frame: child.send_signal(number))
     raise SystemExit(child.wait())

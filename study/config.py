@@ -91,19 +91,29 @@ class Dataset(Model):
         "archive",
     ] = Field(description="Where the images come from; digits is bundled, all others need a path.")
     path: str | None = Field(None, description="Folder, zip or tar to read.")
-    split: Literal["train", "test"] = Field("train", description="Part of the source to take.")
+    split: Literal["train", "val", "test", "all"] | None = Field(
+        None, description="Part of the source; null = train where there is one (FFHQ: all)."
+    )
     resolution: int | None = Field(
         None, ge=4, description="Side in pixels after conversion; null keeps it (all must agree)."
     )
     crop: Literal["none", "center", "center_dhariwal", "celeba"] = Field(
         "none", description="How non-square images become square."
     )
-    resize: Literal["lanczos", "box", "bicubic"] = Field(
-        "lanczos", description="Filter of the resizing."
+    resize: Literal["lanczos", "box", "bilinear", "bicubic"] | None = Field(
+        None, description="Filter of the resizing; null = lanczos (crop celeba: bilinear)."
     )
-    color: Literal["rgb", "grey", "keep"] = Field("rgb", description="Colour mode of the archive.")
+    color: Literal["rgb", "grey", "keep"] | None = Field(
+        None, description="Colour mode of the archive; null = rgb (digits, archive: keep)."
+    )
     labels: bool = Field(True, description="Keep class labels where the source has them.")
-    max_images: int | None = Field(None, ge=1, description="Take only the first images.")
+    max_images: int | None = Field(
+        None, ge=1, description="Take only that many, evenly spaced in the source's order."
+    )
+    moments: Literal["mean_std", "mean_logvar"] | None = Field(
+        None, description="Latents stored as moments: which; null = plain latents."
+    )
+    scale: float = Field(1.0, gt=0, description="Latents: factor, e.g. 0.18215.")
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="Broken images: stop and name them, or leave them out with a list."
     )
@@ -119,7 +129,9 @@ class Dataset(Model):
 class SkipScaling(Shorthand):
     """Skip scaling: none, inv_sqrt2, cs, cs(kappa), ls or ls_unshared; or a mapping."""
 
-    method: Literal["none", "inv_sqrt2", "cs", "ls", "ls_unshared"]
+    method: Literal["none", "inv_sqrt2", "cs", "ls", "ls_unshared"] = Field(
+        description="Factor on a long skip: 1, 2^(-1/2), kappa^(i-1), or a learned gate."
+    )
     kappa: float = Field(
         0.7, gt=0, description="Base of constant scaling; ScaleLong's README advises 0.5 to 0.95."
     )
@@ -159,7 +171,9 @@ class SkipScaling(Shorthand):
 class Target(Shorthand):
     """Target: dsm, stf or stf(size of the reference batch); or a mapping."""
 
-    kind: Literal["dsm", "stf"]
+    kind: Literal["dsm", "stf"] = Field(
+        description="dsm: the clean image; stf: the posterior-weighted mean of a reference batch."
+    )
     reference: int = Field(
         1024,
         ge=2,
@@ -355,8 +369,12 @@ class Grid(Model):
     """Axes of a grid; every combination is an arm."""
 
     backbone: tuple[str, ...] = Field(min_length=1, description="Names under `backbones`.")
-    skip_scaling: tuple[SkipScaling, ...] = Field((SkipScaling(method="none"),), min_length=1)
-    target: tuple[Target, ...] = Field((Target(kind="dsm"),), min_length=1)
+    skip_scaling: tuple[SkipScaling, ...] = Field(
+        (SkipScaling(method="none"),), min_length=1, description="Skip scalings, e.g. [none, ls]."
+    )
+    target: tuple[Target, ...] = Field(
+        (Target(kind="dsm"),), min_length=1, description="Targets, e.g. [dsm, stf(1024)]."
+    )
     formulation: tuple[Formulation, ...] | None = Field(None, description="null = the study's.")
     training: tuple[dict[str, Any], ...] = Field(
         ({},), min_length=1, description="Sets of training keys, e.g. [{lr: 1.0e-3}]."

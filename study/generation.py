@@ -19,7 +19,7 @@ from study.backbones.base import check_attention
 from study.data import Archive, order
 from study.diffusion import formulation as make_formulation
 from study.diffusion.guidance import guided
-from study.diffusion.samplers import NoiseSource, sampler
+from study.diffusion.samplers import NoiseSource, nfe, sampler
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import build_network
 from study.provenance import Stopwatch, provenance
@@ -129,13 +129,12 @@ def generate(
     archive = Archive(data)
     spec = status["spec"]
     draw = sampler(protocol["sampler"])
-    passes = 1 if protocol["guidance"] is None else 2
     facts = {
         "seed": protocol["seed"],
         "sampler": protocol["sampler"],
         "guidance": protocol["guidance"],
         "weights": protocol["weights"],
-        "nfe": draw.nfe * passes,
+        "nfe": nfe(protocol["sampler"], protocol["guidance"], spec["formulation"]),
         "precision": spec["training"]["precision"],
     }
     out.mkdir(parents=True, exist_ok=True)

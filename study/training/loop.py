@@ -87,7 +87,7 @@ class _Batches:
         if self.augmentation is None:
             return images, None
         seeds = [seed_of(self.seeds["data"], "augment", part, step, i) for i in range(len(images))]
-        return self.augmentation(images, seeds)
+        return self.augmentation(images.to(self.device), seeds)
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Images, labels, draws and noise of the process's share, and the whole reference."""

@@ -1,0 +1,242 @@
+"""Training: exact resuming, divergence as a result, the same numbers however it is run."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from miniature import base
+from safetensors.torch import load_file
+
+from study.arms import runs
+from study.config import load
+from study.data.convert import convert
+from study.files import UserError, read_json
+from study.training import Interrupted, checkpoint, train
+from study.training.divergence import Watch
+from study.training.ema import Ema, decay
+
+ROOT = Path(__file__).parents[1]
+OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.zip"
+    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
+    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    return path
+
+
+def spec(target: str = "stf(16)", scaling: str = "ls", **training) -> dict:
+    content = base()
+    content["grid"] = {"backbone": ["uvit"], "skip_scaling": [scaling], "target": [target]}
+    content["backbones"] = {"uvit": {"options": {"embed_dim": 16, "depth": 4, "num_heads": 2}}}
+    content["training"] = {"steps": 6, "batch": 8, "lr": 1e-3, "warmup": 2, **training}
+    return next(iter(runs(load(content)).values())).spec
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in OUTPUTS}
+
+
+def run(tmp_path: Path, data: Path, the_spec: dict, name: str = "a", **more):
+    return train(
+        the_spec, data, tmp_path / name / "train", tmp_path / name / "state", threads=1, **more
+    )
+
+
+def test_a_run_leaves_weights_dynamics_and_status(tmp_path, data):
+    status = run(tmp_path, data, spec())
+    out = tmp_path / "a/train"
+    assert read_json(out / "status.json")["status"] == status["status"] == "done"
+    assert status["step"] == status["steps"] == 6
+    assert status["skips"] == 2
+    assert status["skip_factors"] is None
+    assert status["images_seen"] == 48
+    table = parquet.read_table(out / "dynamics.parquet").to_pandas()
+    assert {"loss", "loss_by_noise", "grad_norm", "grad_norm_block", "skip_norm", "lr"} <= set(
+        table.quantity
+    )
+    assert {"skip_norm_scaled", "decoder_norm_before", "decoder_norm_after"} <= set(table.quantity)
+    assert {"gate_mean", "gate_std", "update_ratio"} <= set(table.quantity)
+    assert set(table[table.quantity == "gate_mean"]["where"]) == {"1", "2"}
+    assert table["value"].map(math.isfinite).all()
+    rates = table[table.quantity == "lr"].value.tolist()
+    assert rates == pytest.approx([0, 5e-4, 1e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_scaled_norms_are_the_factors_times_the_norms(tmp_path, data):
+    status = run(tmp_path, data, spec(scaling="cs(0.5)"))
+    assert status["skip_factors"] == [1.0, 0.5]
+    table = parquet.read_table(tmp_path / "a/train/dynamics.parquet").to_pandas()
+    table = table.set_index(["quantity", "where", "step"]).value.sort_index()
+    for index, factor in (("1", 1.0), ("2", 0.5)):
+        ratio = table["skip_norm_scaled", index] / table["skip_norm", index]
+        assert ratio.to_numpy() == pytest.approx(factor)
+
+
+def test_an_interrupted_run_gives_the_same_bytes(tmp_path, data):
+    whole, stop = spec(), tmp_path / "stop"
+    run(tmp_path, data, whole, "whole")
+    stop.touch()
+    for expected in (1, 2, 3):
+        with pytest.raises(Interrupted, match=f"at step {expected} of 6; the same command"):
+            run(tmp_path, data, whole, "parts", stop_file=stop)
+        assert not (tmp_path / "parts/train/status.json").exists()
+    stop.unlink()
+    run(tmp_path, data, whole, "parts", stop_file=stop)
+    assert contents(tmp_path / "whole/train") == contents(tmp_path / "parts/train")
+
+
+def test_the_same_spec_gives_the_same_bytes_and_another_seed_does_not(tmp_path, data):
+    run(tmp_path, data, spec(), "a")
+    run(tmp_path, data, spec(), "b")
+    assert contents(tmp_path / "a/train") == contents(tmp_path / "b/train")
+    other = spec()
+    other["seeds"] = {**other["seeds"], "noise": 1}
+    run(tmp_path, data, other, "c")
+    assert contents(tmp_path / "a/train") != contents(tmp_path / "c/train")
+
+
+def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, data):
+    whole = spec(steps=150)
+    run(tmp_path, data, whole, "whole")
+    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(whole)]
+    command += ["--data", str(data), "--out", str(tmp_path / "k/train"), "--threads", "1"]
+    command += ["--state", str(tmp_path / "k/state"), "--machine", '{"save_every": 0.1}']
+    process = subprocess.Popen(command, cwd=ROOT)
+    saved = tmp_path / "k/state/checkpoint.pt"
+    deadline = time.monotonic() + 60
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    step = torch.load(saved, weights_only=True)["step"]
+    assert 0 < step < 150
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"resumed at step {step} of 150" in finished.stdout
+    assert contents(tmp_path / "whole/train") == contents(tmp_path / "k/train")
+
+
+def test_sigterm_saves_a_checkpoint_and_leaves(tmp_path, data):
+    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(spec(steps=100000))]
+    command += ["--data", str(data), "--out", str(tmp_path / "k/train"), "--threads", "1"]
+    command += ["--state", str(tmp_path / "k/state")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "k/state/progress.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert "stopped by SIGTERM at step" in errors
+    assert (tmp_path / "k/state/checkpoint.pt").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_set_aside_not_used(tmp_path, data, capsys):
+    run(tmp_path, data, spec(), "a", code="old")
+    status = run(tmp_path, data, spec(), "a", code="new")
+    assert status["step"] == 6
+    assert "resumed" not in capsys.readouterr().out.split("set aside as checkpoint.1.pt")[1]
+    assert (tmp_path / "a/state/checkpoint.1.pt").exists()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, data):
+    (tmp_path / "a/state").mkdir(parents=True)
+    (tmp_path / "a/state" / checkpoint.NAME).write_bytes(b"not a checkpoint")
+    with pytest.raises(UserError, match="cannot be read .* move it away to start anew"):
+        run(tmp_path, data, spec())
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_micro_batches_give_the_same_numbers_within_rounding(tmp_path, data, size):
+    run(tmp_path, data, spec(), "a")
+    run(tmp_path, data, spec(), "b", machine={"micro_batch": size})
+    one = load_file(tmp_path / "a/train/raw.safetensors")
+    other = load_file(tmp_path / "b/train/raw.safetensors")
+    for key in one:
+        torch.testing.assert_close(one[key], other[key], rtol=1e-3, atol=2e-5)
+
+
+def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
+    run(tmp_path, data, spec(), "one")
+    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(spec())]
+    command += ["--data", str(data), "--out", str(tmp_path / "two/train"), "--threads", "2"]
+    command += ["--state", str(tmp_path / "two/state"), "--machine", '{"processes": 2}']
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "two/train/status.json")["processes"] == 2
+    one = load_file(tmp_path / "one/train/raw.safetensors")
+    two = load_file(tmp_path / "two/train/raw.safetensors")
+    for key in one:
+        torch.testing.assert_close(one[key], two[key], rtol=1e-3, atol=2e-5)
+    log = [
+        parquet.read_table(tmp_path / name / "train/dynamics.parquet").to_pandas()
+        for name in ("one", "two")
+    ]
+    losses = [table[table.quantity == "loss"].value.to_numpy() for table in log]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_divergence_is_a_result(tmp_path, data):
+    status = run(tmp_path, data, spec(lr=1e3, warmup=0, steps=50))
+    assert status["status"] == "diverged"
+    assert status["step"] < 50
+    assert status["reason"] in ("loss spike", "non-finite loss", "non-finite gradient")
+    assert math.isfinite(status["last_finite"]["loss"])
+    assert read_json(tmp_path / "a/train/status.json")["status"] == "diverged"
+    assert all((tmp_path / "a/train" / name).exists() for name in OUTPUTS)
+
+
+def test_watch_tells_spikes_from_noise():
+    watch = Watch(factor=5.0)
+    assert all(watch.step(i, 1.0 + 0.5 * (-1) ** i, 1.0) is None for i in range(100))
+    reasons = [watch.step(100 + i, 50.0, 1.0) for i in range(20)]
+    assert "loss spike" in reasons
+    assert watch.step(200, math.nan, 1.0) == "non-finite loss"
+    assert watch.step(200, 1.0, math.inf) == "non-finite gradient"
+    patient = Watch(factor=None, skips=2)
+    assert [patient.step(i, 1.0, math.inf) for i in range(3)] == [None, None, "non-finite gradient"]
+
+
+def test_a_batch_that_processes_cannot_share_and_a_reference_too_large(tmp_path, data):
+    with pytest.raises(UserError, match=r"stf\(100\): data set .* has only 64 images"):
+        run(tmp_path, data, spec(target="stf(100)"))
+
+
+def test_clipping_bounds_the_update(tmp_path, data):
+    free = run(tmp_path, data, spec(optimizer="adam"), "a")
+    clipped = run(tmp_path, data, spec(optimizer="adam", clip=1e-6), "b")
+    assert free["status"] == clipped["status"] == "done"
+    assert contents(tmp_path / "a/train") != contents(tmp_path / "b/train")
+
+
+def test_ema_by_rate_and_by_half_life():
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    ema = Ema(module)
+    torch.nn.init.ones_(module.weight)
+    ema.update(module, decay({"rate": 0.9, "halflife": None, "rampup": None}, 8, 8))
+    assert ema.state_dict()["weight"].item() == pytest.approx(0.1)
+    halflife = {"rate": None, "halflife": 100.0, "rampup": None}
+    assert decay(halflife, 100, 10**6) == pytest.approx(0.5)
+    assert decay({**halflife, "rampup": 0.05}, 100, 1000) == pytest.approx(0.25)
+
+
+def test_flip_and_conditional_change_what_is_learned(tmp_path, data):
+    run(tmp_path, data, spec(), "plain")
+    run(tmp_path, data, spec(flip=True), "flip")
+    run(tmp_path, data, spec(conditional=True, label_dropout=0.5), "conditional")
+    assert contents(tmp_path / "plain/train") != contents(tmp_path / "flip/train")
+    weights = load_file(tmp_path / "conditional/train/raw.safetensors")
+    assert weights["label_emb.weight"].shape[0] == 11
