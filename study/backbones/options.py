@@ -1,6 +1,6 @@
 """Options and presets of every backbone family. No torch here: plans and workflows read it."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,9 +10,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str
-    ) -> str | None:
+    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
         """Why these options cannot be on such images with such a skip scaling, if so.
 
         Cheap arithmetic only; ``None`` means that nothing is wrong as far as can be told without
@@ -48,9 +46,7 @@ class UViT(Options):
         "false as in the published ImageNet 64x64 models.",
     )
 
-    def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str
-    ) -> str | None:
+    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
         if self.embed_dim % self.num_heads:
             return f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
         if not self.skip and scaling != "none":
@@ -119,30 +115,79 @@ UVIT: dict[str, dict[str, Any]] = {
 # --- U-DiT -------------------------------------------------------------------------------------
 
 
+Count = Annotated[int, Field(ge=1)]
+Depth = Annotated[int, Field(ge=0)]
+
+
 class UDiT(Options):
     """U-DiT (Tian et al. 2024), names as in the official constructor."""
 
-    down_factor: int = Field(2, ge=1, description="Token downsampling of every attention.")
-    hidden_size: int = Field(96, ge=1, description="Width of level 1; doubled on each level.")
-    depth: tuple[int, int, int, int, int] = Field(
+    down_factor: Count | tuple[Count, Count, Count, Count, Count] = Field(
+        2, description="Token downsampling of every attention, or of each of the five levels."
+    )
+    hidden_size: int = Field(
+        96, ge=2, multiple_of=2, description="Width of level 1; doubled on each level."
+    )
+    depth: tuple[Count, Depth, Count, Depth, Depth] = Field(
         (2, 5, 8, 5, 2), description="Blocks: encoder 1, encoder 2, latent, decoder 2, decoder 1."
     )
     num_heads: int = Field(4, ge=1, description="Attention heads, the same on every level.")
     mlp_ratio: float = Field(2.0, gt=0, description="Hidden width of the FFN over the width.")
+    class_dropout_prob: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Class-conditional networks only: chance that each label embedder sees the "
+        "null label in training; 0 = there is no null label.",
+    )
     rep: bool = Field(True, description="Re-parametrised FFN (three parallel convolutions).")
-    ffn_type: Literal["rep", "basic"] = Field("rep", description="Kind of feed-forward network.")
-    attn_type: Literal["v2"] | None = Field(
-        "v2", description="Cosine attention (v2); null = ordinary scaled dot product."
+    ffn_type: Literal["rep", "basic"] = Field(
+        "rep", description="Feed-forward network with (rep) or without depth-wise convolutions."
+    )
+    attn_type: Literal["v1", "v2"] | None = Field(
+        "v2", description="Cosine attention (v2); v1 or null = ordinary scaled dot product."
     )
     posemb_type: Literal["rope2d"] | None = Field("rope2d", description="Position embedding.")
     downsampler: str = Field(
-        "dwconv5", pattern=r"^dwconv\d$", description="Depth-wise convolution; digit = kernel."
+        "dwconv5", pattern=r"^dwconv[13579]$", description="Depth-wise convolution; digit = kernel."
     )
     down_shortcut: bool = Field(True, description="Add the input to the downsampler's output.")
 
+    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
+        head, rest = divmod(self.hidden_size, self.num_heads)
+        if rest:
+            return f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
+        if self.posemb_type == "rope2d" and head % 4:
+            return f"rope2d needs heads whose width is a multiple of 4, not {head}"
+        if resolution is None:
+            return None
+        same = isinstance(self.down_factor, int)
+        factors = (self.down_factor,) * 5 if same else self.down_factor
+        for level, factor in enumerate(factors):
+            step = 2 ** (2 - abs(2 - level)) * factor
+            if resolution % step:
+                return (
+                    f"resolution {resolution} must be a multiple of {step}: two halvings of the "
+                    f"grid and down_factor {factor} on level {level + 1} of 5"
+                )
+        if scaling in ("ls", "ls_unshared") and (resolution // 2) ** 2 < 16:
+            return "learned scaling needs 16 tokens on the inner long skip: resolution 8 or more"
+        return None
+
 
 UDIT: dict[str, dict[str, Any]] = {
-    "tiny": {"hidden_size": 32, "depth": (1, 1, 1, 1, 1), "num_heads": 4},
+    # Small enough for 8x8 images and one CPU core: plain feed-forward networks, and all four
+    # tokens of the 2x2 latent grid in one attention.
+    "tiny": {
+        "down_factor": (2, 2, 1, 2, 2),
+        "hidden_size": 12,
+        "depth": (1, 0, 1, 1, 0),
+        "num_heads": 1,
+        "ffn_type": "basic",
+        "downsampler": "dwconv3",
+    },
+    # Ours: pixels of 32x32, about the size of U-ViT's CIFAR-10 network.
+    "cifar10": {"hidden_size": 96, "depth": (2, 4, 6, 4, 2), "num_heads": 4},
     "S": {"hidden_size": 96, "num_heads": 4},
     "B": {"hidden_size": 192, "num_heads": 8},
     "L": {"hidden_size": 384, "num_heads": 16},
@@ -152,30 +197,79 @@ UDIT: dict[str, dict[str, Any]] = {
 
 
 class PatchUNet(Options):
-    """Patched U-Net (Luhman & Luhman 2022), names as in the official constructor."""
+    """Patched U-Net (Luhman & Luhman 2022), names as in the official constructor.
 
-    patch_size: int = Field(1, ge=1, description="Space-to-depth factor before the network.")
-    model_channels: int = Field(128, ge=32, multiple_of=32, description="Base width.")
-    channel_mult: tuple[float, ...] = Field((1, 2, 2, 2), description="Width factor per level.")
+    Two things follow the published command line instead: ``attention_resolutions`` are sides of
+    the patched grid, and what the constructor has no default for has the command line's.
+    """
+
+    patch_size: int = Field(4, ge=1, description="Space-to-depth factor before the network.")
+    model_channels: int = Field(128, ge=32, description="Base width.")
+    channel_mult: tuple[float, ...] = Field(
+        (1, 2, 4, 8),
+        min_length=1,
+        description="Width over model_channels per level, finest first; must not decrease.",
+    )
     num_res_blocks: int = Field(2, ge=1, description="Residual blocks per level.")
     attention_resolutions: tuple[int, ...] = Field(
         (16, 8), description="Resolutions of the patched grid that have attention."
     )
     num_heads: int = Field(1, ge=1, description="Attention heads, unless num_head_channels.")
-    num_head_channels: int = Field(-1, description="Width of a head; -1 = use num_heads.")
-    num_heads_upsample: int = Field(-1, description="Heads in the decoder; -1 = as num_heads.")
+    num_head_channels: int = Field(-1, ge=-1, description="Width of a head; -1 = use num_heads.")
+    num_heads_upsample: int = Field(
+        -1, ge=-1, description="Heads in the decoder; -1 = as num_heads."
+    )
     resblock_updown: bool = Field(False, description="Residual blocks for down- and upsampling.")
     use_new_attention_order: bool = Field(False, description="qkv packed (3, heads, width).")
     conv_resample: bool = Field(True, description="Learned down- and upsampling.")
+    classifier_free: bool = Field(
+        True, description="Null label of a conditional network, which guidance needs."
+    )
 
+
+_PUBLISHED_PATCH: dict[str, Any] = {
+    "patch_size": 4,
+    "model_channels": 256,
+    "num_res_blocks": 2,
+    "attention_resolutions": (16, 8),
+    "num_head_channels": 64,
+    "use_new_attention_order": True,
+}
 
 PATCH: dict[str, dict[str, Any]] = {
     "tiny": {
         "patch_size": 2,
         "model_channels": 32,
-        "channel_mult": (1, 2),
+        "channel_mult": (1, 1),
         "num_res_blocks": 1,
         "attention_resolutions": (2,),
+    },
+    # Ours: the published shape of lsun_p4 for a 16x16 grid.
+    "cifar10": {
+        **_PUBLISHED_PATCH,
+        "patch_size": 2,
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2),
+        "num_res_blocks": 3,
+    },
+    "lsun_p2": {
+        **_PUBLISHED_PATCH,
+        "patch_size": 2,
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2, 4, 4),
+    },
+    "lsun_p4": {**_PUBLISHED_PATCH, "channel_mult": (1, 1, 2, 2)},
+    "lsun_p8": {
+        **_PUBLISHED_PATCH,
+        "patch_size": 8,
+        "channel_mult": (1, 1.5, 2),
+        "num_res_blocks": 3,
+    },
+    "imagenet256_p4": {**_PUBLISHED_PATCH, "channel_mult": (1, 2, 2, 2), "num_res_blocks": 3},
+    "ffhq1024_p4": {
+        **_PUBLISHED_PATCH,
+        "model_channels": 128,
+        "channel_mult": (1, 2, 2, 4, 4, 4),
     },
 }
 
@@ -186,15 +280,27 @@ class SongUNet(Options):
     """SongUNet (Song et al. 2021 in the form of Karras et al. 2022)."""
 
     model_channels: int = Field(128, ge=1, description="Base width.")
-    channel_mult: tuple[int, ...] = Field((2, 2, 2), description="Width factor per resolution.")
+    channel_mult: tuple[int, ...] = Field(
+        (2, 2, 2),
+        min_length=1,
+        description="Width over model_channels per resolution, finest first.",
+    )
     channel_mult_emb: int = Field(4, ge=1, description="Width factor of the embedding vector.")
     num_blocks: int = Field(4, ge=1, description="Residual blocks per resolution.")
     attn_resolutions: tuple[int, ...] = Field((16,), description="Resolutions with attention.")
-    embedding_type: Literal["positional", "fourier"] = Field("positional")
+    embedding_type: Literal["positional", "fourier"] = Field(
+        "positional", description="Features of the noise level."
+    )
     channel_mult_noise: int = Field(1, ge=1, description="Width factor of the noise features.")
-    encoder_type: Literal["standard", "skip", "residual"] = Field("standard")
-    decoder_type: Literal["standard", "skip"] = Field("standard")
-    resample_filter: tuple[int, ...] = Field((1, 1), description="Resampling filter taps.")
+    encoder_type: Literal["standard", "skip", "residual"] = Field(
+        "standard", description="How the downsampled input enters the encoder."
+    )
+    decoder_type: Literal["standard", "skip"] = Field(
+        "standard", description="Image made at the finest resolution, or summed over all (skip)."
+    )
+    resample_filter: tuple[int, ...] = Field(
+        (1, 1), min_length=1, description="Resampling filter taps; an even number of them."
+    )
 
 
 class DDPMpp(SongUNet):
@@ -213,13 +319,12 @@ class NCSNpp(SongUNet):
 DDPMPP: dict[str, dict[str, Any]] = {
     "tiny": {
         "model_channels": 16,
-        "channel_mult": (1, 2),
+        "channel_mult": (1, 1),
+        "channel_mult_emb": 8,
         "num_blocks": 1,
         "attn_resolutions": (4,),
     },
     "cifar10": {},
+    "64px": {"channel_mult": (1, 2, 2, 2)},
 }
-NCSNPP: dict[str, dict[str, Any]] = {
-    "tiny": DDPMPP["tiny"],
-    "cifar10": {},
-}
+NCSNPP: dict[str, dict[str, Any]] = DDPMPP
