@@ -1,0 +1,318 @@
+"""Samples and a reference -> ``fidelity.json``, through torch-fidelity's public interface."""
+
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from study.fidelity import extractors
+from study.fidelity.extractors import torch_fidelity
+from study.fidelity.reference import Reference
+from study.files import UserError, read_json, write_json
+from study.provenance import Stopwatch, provenance
+
+METRICS = ("fd", "kid", "is", "prc")
+
+# torch-fidelity's defaults, written out because they are part of a number's identity.
+KID_SUBSETS = 100
+KID_SUBSET_SIZE = 1000
+IS_SPLITS = 10
+NEIGHBOURS = 3
+RANDOM_SEED = 2020
+
+
+class _Rows(Dataset):
+    """The rows of a matrix as a torch-fidelity input."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        self.matrix = matrix
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.matrix[index]
+
+
+class _Precomputed(torch_fidelity.FeatureExtractorBase):
+    """A torch-fidelity extractor whose inputs are features already.
+
+    torch-fidelity hands an input's items to the extractor as they are, so with this one a matrix
+    of features (or of logits) goes straight into its metrics: a reference is extracted once and
+    not with every evaluation, and features can be checked before they are measured.
+    """
+
+    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("rows",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(_: str) -> str:
+        return "rows"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return (rows,)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A metric's number, its spread over subsets or splits, and why it is missing or needs care."""
+
+    value: float | None
+    spread: float | None = None
+    note: str | None = None
+
+
+def _torch_fidelity(first: Tensor, second: Tensor | None, **options: Any) -> dict[str, float]:
+    return torch_fidelity.calculate_metrics(
+        input1=_Rows(first),
+        input2=None if second is None else _Rows(second),
+        feature_extractor=extractors.register("precomputed", _Precomputed),
+        batch_size=4096,
+        cuda=False,
+        save_cpu_ram=True,  # reads inputs in this process, and distances in blocks
+        cache=False,  # its key holds no hash of the content
+        verbose=False,
+        rng_seed=RANDOM_SEED,
+        **options,
+    )
+
+
+def _frechet(generated: Tensor, reference: Tensor) -> dict[str, Score]:
+    if len(generated) < 2:
+        return {"fd": Score(None, note="a covariance needs at least 2 images")}
+    found = _torch_fidelity(generated, reference, fid=True)
+    note = None
+    if len(generated) <= generated.shape[1]:
+        note = (
+            f"{len(generated)} images for {generated.shape[1]} features: the covariance is "
+            "singular and the distance strongly biased"
+        )
+    return {"fd": Score(found[torch_fidelity.KEY_METRIC_FID], note=note)}
+
+
+def _kernel(generated: Tensor, reference: Tensor) -> dict[str, Score]:
+    size = kid_subset_size(len(generated), len(reference))
+    if size < 2:
+        return {"kid": Score(None, note="an unbiased kernel distance needs at least 2 images")}
+    found = _torch_fidelity(
+        generated, reference, kid=True, kid_subsets=KID_SUBSETS, kid_subset_size=size
+    )
+    mean, spread = torch_fidelity.KEY_METRIC_KID_MEAN, torch_fidelity.KEY_METRIC_KID_STD
+    return {"kid": Score(found[mean], found[spread])}
+
+
+def _inception_score(logits: Tensor | None) -> dict[str, Score]:
+    if logits is None:
+        return {"is": Score(None, note="the extractor gives no class probabilities")}
+    if len(logits) < IS_SPLITS:
+        return {"is": Score(None, note=f"needs at least {IS_SPLITS} images, one per split")}
+    found = _torch_fidelity(logits, None, isc=True, isc_splits=IS_SPLITS)
+    mean, spread = torch_fidelity.KEY_METRIC_ISC_MEAN, torch_fidelity.KEY_METRIC_ISC_STD
+    return {"is": Score(found[mean], found[spread])}
+
+
+def _precision_recall(generated: Tensor, reference: Tensor) -> dict[str, Score]:
+    if min(len(generated), len(reference)) <= NEIGHBOURS:
+        none = Score(None, note=f"needs more than {NEIGHBOURS} images on both sides")
+        return {"precision": none, "recall": none}
+    found = _torch_fidelity(generated, reference, prc=True, prc_neighborhood=NEIGHBOURS)
+    return {
+        "precision": Score(found[torch_fidelity.KEY_METRIC_PRECISION]),
+        "recall": Score(found[torch_fidelity.KEY_METRIC_RECALL]),
+    }
+
+
+def kid_subset_size(generated: int, reference: int) -> int:
+    """Images per KID subset: 1000, or as many as the smaller of the two sets has."""
+    return min(KID_SUBSET_SIZE, generated, reference)
+
+
+def measure(
+    generated: Tensor, logits: Tensor | None, reference: Tensor, metrics: tuple[str, ...] = METRICS
+) -> dict[str, Score]:
+    """Metrics of features: ``fd``, ``kid``, ``is``, and ``precision`` with ``recall`` for ``prc``.
+
+    ``generated`` [n, F] and ``reference`` [m, F] are float32 features, ``logits`` [n, K] class
+    logits of the generated images or ``None``. Every number is torch-fidelity's. A metric that is
+    not defined for these inputs has the value ``None`` and a note that says why.
+    """
+    parts = {
+        "fd": lambda: _frechet(generated, reference),
+        "kid": lambda: _kernel(generated, reference),
+        "is": lambda: _inception_score(logits),
+        "prc": lambda: _precision_recall(generated, reference),
+    }
+    names = {"prc": ("precision", "recall")}
+    finite = generated.isfinite().all(1)
+    if logits is not None:
+        finite &= logits.isfinite().all(1)
+    broken = int((~finite).sum())
+    scores: dict[str, Score] = {}
+    for metric in metrics:
+        mine = names.get(metric, (metric,))
+        if broken:
+            note = f"features of {broken} of {len(generated)} images are not finite"
+            scores.update(dict.fromkeys(mine, Score(None, note=note)))
+            continue
+        try:
+            found = parts[metric]()
+        except np.linalg.LinAlgError as error:
+            found = dict.fromkeys(mine, Score(None, note=f"did not converge: {error}"))
+        for name, score in found.items():
+            if score.value is not None and not np.isfinite(score.value):
+                score = Score(None, note="not finite")
+            scores[name] = score
+    return scores
+
+
+def metric_name(base: str, extractor: str, images: int) -> str:
+    """Column name of a metric: ``fd_digits_1797``; with Inception ``fid_50000``, ``kid_50000``."""
+    cls = extractors.extractor_class(extractor)
+    if cls.frechet == "fid":
+        return f"{'fid' if base == 'fd' else base}_{images}"
+    return f"{base}_{extractor}_{images}"
+
+
+def _read_samples(path: Path) -> np.ndarray:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            images = file["arr_0"]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; make samples with `study generate`") from None
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
+        raise UserError(f"{path}: not a samples file (.npz with arr_0 [N, H, W, C])") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(
+            f"{path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, C]"
+        )
+    return images
+
+
+def _requested(protocol: dict[str, Any], reference: Reference) -> tuple[str, ...]:
+    metrics = tuple(protocol.get("metrics", METRICS))
+    unknown = [metric for metric in metrics if metric not in METRICS]
+    if unknown:
+        raise UserError(f"no metric {unknown[0]!r}; there are {', '.join(METRICS)}")
+    extractor = protocol.get("extractor", reference.identity["extractor"])
+    if extractor != reference.identity["extractor"]:
+        raise UserError(
+            f"{reference.folder}: made with extractor {reference.identity['extractor']}, "
+            f"but the protocol asks for {extractor}"
+        )
+    return metrics
+
+
+def _settings(base: str, generated: int, reference: int) -> dict[str, Any]:
+    return {
+        "kid": {
+            "subsets": KID_SUBSETS,
+            "subset_size": kid_subset_size(generated, reference),
+            "kernel": "polynomial, degree 3",
+            "seed": RANDOM_SEED,
+        },
+        "is": {"splits": IS_SPLITS, "shuffle_seed": RANDOM_SEED},
+        "precision": {"neighbours": NEIGHBOURS},
+        "recall": {"neighbours": NEIGHBOURS},
+    }.get(base, {})
+
+
+def _identities(
+    scores: dict[str, Score], images: int, reference: dict[str, Any], generation: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What each score is a measurement of: two numbers compare only where these agree."""
+    shared = {
+        "extractor": reference["extractor"],
+        "extractor_sha256": reference["extractor_sha256"],
+        "extractor_precision": reference["precision"],
+        "resize": reference["resize"],
+        "reference": reference["dataset"],
+        "reference_sha256": reference["dataset_sha256"],
+        "split": reference["split"],
+        "images": images,
+        "reference_images": reference["images"],
+        **{key: generation.get(key) for key in ("sampler", "nfe", "guidance", "weights")},
+        "precision": generation.get("precision"),
+        "tool": "torch-fidelity",
+        "tool_version": torch_fidelity.__version__,
+    }
+    return {
+        base: {**shared, "settings": _settings(base, images, reference["images"])}
+        for base in scores
+    }
+
+
+def evaluate(
+    samples: str | Path,
+    reference: str | Path,
+    protocol: dict[str, Any],
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    device: Any = None,
+) -> dict[str, Any]:
+    """Measure ``samples`` against the folder ``reference``; write and return ``fidelity.json``.
+
+    ``samples`` is an npz with ``arr_0`` uint8 [N, H, W, C]; a ``generate.json`` beside it supplies
+    sampler, NFE, guidance, weights and precision of the sampling for the identity. ``protocol`` is
+    the study's evaluation section: ``extractor`` (must be the reference's) and ``metrics``.
+    ``weights`` is the extractor's file, by default the copy in the reference; it must be the one
+    that the reference was made with.
+
+    ``status`` is ``skipped`` for zero images (a diverged run), else ``done``. ``metrics`` maps
+    names to numbers or ``null``; ``notes`` says why a number is missing or needs care; ``spread``
+    holds the standard deviation over KID subsets and IS splits; ``identity`` what each number
+    is a measurement of. Raises ``UserError`` for samples that do not fit the reference.
+    """
+    samples = Path(samples)
+    known = Reference(reference)
+    metrics = _requested(protocol, known)
+    images = _read_samples(samples)
+    beside = samples.with_name("generate.json")
+    generation = read_json(beside) if beside.is_file() else {}
+    chosen = known.same_weights(weights or known.weights)
+
+    if len(images):
+        size, channels = known.identity["resolution"], known.identity["channels"]
+        if images.shape[1:] != (size, size, channels):
+            raise UserError(
+                f"{samples}: images are {' x '.join(map(str, images.shape[1:]))}, those of the "
+                f"reference {reference} {size} x {size} x {channels}"
+            )
+        extractor = extractors.load(known.identity["extractor"], chosen, device)
+        where = extractor.device
+        watch = Stopwatch(where)
+        found = extractors.extract(extractor, images)
+        scores = measure(found["features"], found.get("logits"), known.features, metrics)
+        missing = dict.fromkeys(s.note for s in scores.values() if s.value is None)
+        status, reason = "done", "; ".join(missing) or None
+    else:
+        where, watch, scores = "cpu", Stopwatch(), {}
+        status, reason = "skipped", generation.get("reason") or "no images"
+
+    names = {b: metric_name(b, known.identity["extractor"], len(images)) for b in scores}
+    identities = _identities(scores, len(images), known.identity, generation)
+    record = {
+        "status": status,
+        "reason": reason,
+        "metrics": {names[base]: score.value for base, score in scores.items()},
+        "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},
+        "notes": {names[b]: s.note for b, s in scores.items() if s.note is not None},
+        "identity": {names[base]: identity for base, identity in identities.items()},
+        "seconds": round(watch.seconds, 3),
+        "peak_memory_mib": round(watch.peak_memory_mib, 1),
+        "provenance": provenance(where),
+    }
+    write_json(out, record)
+    return record
