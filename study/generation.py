@@ -44,7 +44,9 @@ def tile(images: np.ndarray, columns: int = GRID, side: int = 480) -> Image.Imag
         sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
     picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
     factor = max(1, side // max(picture.size))
-    return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    return picture.resize(
+        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
+    )
 
 
 def _save_picture(path: Path, picture: Image.Image) -> None:

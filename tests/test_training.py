@@ -152,7 +152,7 @@ def test_a_checkpoint_of_other_settings_is_set_aside_not_used(tmp_path, data, ca
 def test_a_damaged_checkpoint_is_named(tmp_path, data):
     (tmp_path / "a/state").mkdir(parents=True)
     (tmp_path / "a/state" / checkpoint.NAME).write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match="cannot be read .* move it away to start anew"):
+    with pytest.raises(UserError, match=r"cannot be read .* move it away to start anew"):
         run(tmp_path, data, spec())
 
 
@@ -172,7 +172,11 @@ def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
     command += ["--data", str(data), "--out", str(tmp_path / "two/train"), "--threads", "2"]
     command += ["--state", str(tmp_path / "two/state"), "--machine", '{"processes": 2}']
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path / "two/train/status.json")["processes"] == 2

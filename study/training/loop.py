@@ -379,7 +379,7 @@ class Trainer:
         return None
 
 
-class _nothing:  # noqa: N801 - reads like contextlib.nullcontext, but yields None
+class _nothing:
     def __enter__(self) -> None:
         return None
 
