@@ -1,0 +1,1 @@
+"""Tables, statistics, figures and the report; needs no torch."""

@@ -1,0 +1,202 @@
+"""One look for every picture: a colour per skip scaling, a marker per backbone, a line per target.
+
+Colours are Okabe and Ito's, which colour-blind readers tell apart and which print.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import seaborn as sns
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+
+from study.files import atomic
+
+WIDTH = 7.2
+"""Inches: the text width of a two-column page."""
+
+RC = {
+    **sns.axes_style("ticks"),
+    "font.family": ["DejaVu Sans"],
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#555555",
+    "axes.labelcolor": "#222222",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.5,
+    "xtick.labelsize": 6.5,
+    "ytick.labelsize": 6.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "xtick.minor.size": 1.5,
+    "ytick.minor.size": 1.5,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.2,
+    "hatch.linewidth": 0.5,
+    "figure.dpi": 100,
+    "savefig.dpi": 170,
+    "svg.hashsalt": "longskip",
+    "svg.fonttype": "path",
+    "pdf.fonttype": 42,
+}
+
+COLOURS = {
+    "none": "#3d3d3d",
+    "inv_sqrt2": "#0072b2",
+    "cs": "#d55e00",
+    "ls": "#009e73",
+    "ls_unshared": "#cc79a7",
+}
+MARKERS = {"uvit": "o", "udit": "s", "patch_unet": "^", "ddpmpp": "D", "ncsnpp": "v"}
+SPARE_MARKERS = ("P", "X", "h", "p", "<", ">")
+LINES = {"dsm": "-", "stf": (0, (3, 1.2))}
+BACKBONES = {
+    "uvit": "U-ViT",
+    "udit": "U-DiT",
+    "patch_unet": "Patch U-Net",
+    "ddpmpp": "DDPM++",
+    "ncsnpp": "NCSN++",
+}
+METRICS = {
+    "fid": "FID",
+    "fd": "FD",
+    "kid": "KID",
+    "is": "IS",
+    "precision": "precision",
+    "recall": "recall",
+}
+SCALINGS = {"none": "none", "inv_sqrt2": "1/√2", "ls": "LS", "ls_unshared": "LS unshared"}
+TARGETS = {"dsm": "DSM", "stf": "STF"}
+
+
+def method(scaling: str) -> str:
+    """The method of a scaling's short text: "cs(0.7)" gives "cs"."""
+    return scaling.partition("(")[0]
+
+
+def scaling_label(scaling: str) -> str:
+    """ "cs(0.7)" gives "CS 0.7"; the words of the other methods are ScaleLong's."""
+    found = re.fullmatch(r"cs\((.*)\)", scaling)
+    return f"CS {found.group(1)}" if found else SCALINGS.get(scaling, scaling)
+
+
+def line_label(line: str) -> str:
+    """The proper name of a backbone, with whatever else tells its rows apart."""
+    first, *rest = line.split(" / ")
+    name, bracket, options = first.partition("(")
+    return " / ".join([BACKBONES.get(name, name) + bracket + options, *rest])
+
+
+def target_label(target: str) -> str:
+    return TARGETS.get(target, target)
+
+
+def metric_label(metric: str, extractor: str = "") -> str:
+    """ "fd_digits_1797" gives "FD (digits), 1797 images": never "FID" for other features."""
+    base, *rest = metric.split("_")
+    images = rest.pop() if rest and rest[-1].isdigit() else ""
+    features = "_".join(rest) or (extractor if base not in ("fid",) else "")
+    name = METRICS.get(base, base)
+    name += f" ({features})" if features else ""
+    return f"{name}, {images} images" if images else name
+
+
+def order_scalings(scalings: Iterable[str]) -> list[str]:
+    known = list(COLOURS)
+
+    def rank(scaling: str) -> tuple:
+        name = method(scaling)
+        place = known.index(name) if name in known else len(known)
+        number = re.search(r"[\d.]+", scaling)
+        return place, -float(number.group()) if number else 0.0, scaling
+
+    return sorted(set(scalings), key=rank)
+
+
+def order_lines(lines: Iterable[str]) -> list[str]:
+    known = list(BACKBONES)
+
+    def rank(line: str) -> tuple:
+        name = re.split(r"[( ]", line)[0]
+        return known.index(name) if name in known else len(known), line
+
+    return sorted(set(lines), key=rank)
+
+
+def order_targets(targets: Iterable[str]) -> list[str]:
+    return sorted(set(targets), key=lambda target: (target != "dsm", target))
+
+
+def scaling_colours(scalings: Iterable[str]) -> dict[str, str]:
+    """A colour per scaling; several constants of one method get tints of its colour."""
+    answer = {}
+    ordered = order_scalings(scalings)
+    for scaling in ordered:
+        family = [other for other in ordered if method(other) == method(scaling)]
+        tint = 0.55 * family.index(scaling) / max(len(family) - 1, 1)
+        base = to_rgb(COLOURS.get(method(scaling), "#56b4e9"))
+        answer[scaling] = to_hex([part + (1 - part) * tint for part in base])
+    return answer
+
+
+def markers(families: Iterable[str]) -> dict[str, str]:
+    """A marker per backbone; unknown backbones take the spare ones in order."""
+    spare = iter(SPARE_MARKERS * 4)
+    return {name: MARKERS.get(name) or next(spare) for name in sorted(set(families))}
+
+
+def figure(width: float = WIDTH, height: float = 3.0) -> Figure:
+    """An empty figure that belongs to no window system."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def footer(fig: Figure, text: str) -> None:
+    """Small print under a figure: what it is made of. Keeps its own room at the bottom."""
+    width, height = fig.get_size_inches()
+    lines = textwrap.wrap(text, int(width * 23.5))
+    room = (len(lines) * 0.105 + 0.08) / height
+    fig.get_layout_engine().set(rect=(0, room, 1, 1 - room))
+    fig.text(
+        0.008,
+        room - 0.03 / height,
+        "\n".join(lines),
+        fontsize=5.6,
+        color="#5a5a5a",
+        va="top",
+        linespacing=1.25,
+    )
+
+
+def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[str]:
+    """Write a figure in each format, without dates, so that equal figures are equal bytes."""
+    paths = []
+    metadata = {
+        "png": {"Software": None},
+        "svg": {"Date": None, "Creator": None},
+        "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
+    }
+    with matplotlib.rc_context(RC):
+        # The layout is the slow part and the same for every format: make it once.
+        fig.draw_without_rendering()
+        fig.set_layout_engine("none")
+        for suffix in formats:
+            path = f"{path_without_suffix}.{suffix}"
+            with atomic(path) as temporary:
+                fig.savefig(temporary, format=suffix, metadata=metadata[suffix])
+            paths.append(path)
+    return paths

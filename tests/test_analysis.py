@@ -1,0 +1,579 @@
+"""Tables, statistics, figures, report and notebooks, on a made-up results tree."""
+
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jinja2
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+from matplotlib.text import Text
+from scipy import stats
+
+from study import published
+from study.analysis import claims, figures, statistics, style
+from study.analysis.notebook import run_notebook
+from study.analysis.report import report
+from study.analysis.tables import TABLES, Tables, aggregate
+from study.files import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+METRIC = "fd_digits_1797"
+DIVERGED = (("patch_unet", "none", "dsm", 0), ("udit", "none", "stf", 1))
+MISSING = (("ncsnpp", "ls", "stf", 1),)
+# A small tree for tests that change it.
+SMALL = {"backbones": ("uvit", "udit"), "scalings": ("none", "cs(0.7)"), "logged": 30}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> Path:
+    """The whole grid with two seeds, aggregated; returns its study.json."""
+    root = tmp_path_factory.mktemp("tree")
+    manifest = synthetic.build(root, diverged=DIVERGED, missing=MISSING, logged=70, images=20)
+    aggregate(manifest, manifest.parent, manifest.parent / "tables")
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def tables(tree) -> Tables:
+    return Tables.read(tree.parent / "tables", tree.parent)
+
+
+@pytest.fixture(scope="module")
+def drawn(tree) -> Path:
+    """The folder of all figures."""
+    folder = tree.parent / "figures"
+    figures.draw_all(tree.parent / "tables", tree.parent, folder, formats=("svg",))
+    return folder
+
+
+def small(root: Path, **options) -> Path:
+    settings = {**SMALL, "diverged": (), "missing": (), **options}
+    return synthetic.build(root, **settings)
+
+
+def gather(manifest: Path) -> Tables:
+    aggregate(manifest, manifest.parent, manifest.parent / "tables")
+    return Tables.read(manifest.parent / "tables", manifest.parent)
+
+
+def edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def run_folder(manifest: Path, number: int = 0) -> Path:
+    entry = json.loads(manifest.read_text())["runs"][number]
+    return manifest.parent / "runs" / entry["run"]
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def test_every_run_is_a_row_and_divergence_is_a_result(tables):
+    runs = tables.runs
+    assert len(runs) == 100
+    assert runs["status"].value_counts().to_dict() == {"done": 97, "diverged": 2, "missing": 1}
+    lost = runs[runs["status"] == "diverged"].iloc[0]
+    assert lost["reason"] == "non-finite loss"
+    assert 0 < lost["step"] < lost["steps"]
+    assert math.isfinite(lost["last_finite_loss"])
+    rows = tables.metrics[tables.metrics["run"] == lost["run"]]
+    assert set(rows["status"]) == {"diverged"}
+    assert len(rows) == 5
+    assert rows["value"].isna().all()
+
+
+def test_summary_counts_what_is_behind_a_mean(tables):
+    rows = tables.summary[tables.summary["metric"] == METRIC].set_index("arm")
+    assert len(rows) == 50
+    half = rows.loc["patch_unet / none / dsm"]
+    assert (half["n"], half["n_diverged"], half["n_missing"]) == (1, 1, 0)
+    assert math.isnan(half["ci_low"])
+    absent = rows.loc["ncsnpp / ls / stf"]
+    assert (absent["n"], absent["n_diverged"], absent["n_missing"]) == (1, 0, 1)
+    whole = rows.loc["uvit / none / dsm"]
+    assert whole["n"] == 2
+    assert whole["minimum"] <= whole["ci_low"] <= whole["mean"] <= whole["ci_high"]
+    assert (whole["better"], tables.metric_names()[0]) == ("lower", METRIC)
+
+
+def test_the_same_inputs_give_the_same_bytes_in_any_order(tmp_path):
+    manifest = small(tmp_path, diverged=(("uvit", "none", "stf", 0),))
+    gather(manifest)
+    content = json.loads(manifest.read_text())
+    content["runs"].reverse()
+    aggregate(content, manifest.parent, tmp_path / "again")
+    written = sorted((manifest.parent / "tables").iterdir())
+    assert {path.stem for path in written} == {*TABLES, "dynamics"}
+    for path in written:
+        assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_two_ways_to_measure_never_share_a_column(tmp_path):
+    manifest = small(tmp_path)
+
+    def change(content):
+        content["identity"][METRIC]["nfe"] = 35
+
+    edit(run_folder(manifest, 1) / "evaluate" / "fidelity.json", change)
+    with pytest.raises(UserError, match=r"fd_digits_1797 .*nfe 19 / 35|nfe 35 / 19") as error:
+        aggregate(manifest, manifest.parent, tmp_path / "tables")
+    assert len(set(re.findall(r"\b[0-9a-f]{8} \(", str(error.value)))) == 2
+
+
+def test_missing_and_broken_files_are_named_and_stop_nothing(tmp_path):
+    manifest = small(tmp_path)
+    (run_folder(manifest, 0) / "evaluate" / "fidelity.json").unlink()
+    (run_folder(manifest, 1) / "generate" / "generate.json").unlink()
+    (run_folder(manifest, 2) / "train" / "status.json").write_text('{"status": "do')
+    (run_folder(manifest, 3) / "train" / "status.json").unlink()
+    state = run_folder(manifest, 3) / "state"
+    state.mkdir()
+    (state / "progress.json").write_text('{"stage": "train", "step": 7, "steps": 1000}')
+    (run_folder(manifest, 4) / "train" / "dynamics.parquet").write_bytes(b"not parquet")
+    found = gather(manifest)
+    checks = dict(zip(found.qc["run"], found.qc["check"], strict=True))
+    names = [run_folder(manifest, number).name for number in range(5)]
+    assert checks[names[0]] == "no evaluation"
+    assert checks[names[1]] == "no samples"
+    assert "unreadable file" in set(found.qc.loc[found.qc["run"] == names[2], "check"])
+    assert checks[names[3]] == "unfinished run"
+    assert checks[names[4]] == "unreadable file"
+    status = found.runs.set_index("run")["status"]
+    assert (status[names[2]], status[names[3]]) == ("missing", "running")
+
+
+def test_a_study_without_any_result_still_has_its_tables_and_report(tmp_path):
+    manifest = small(tmp_path)
+    for entry in json.loads(manifest.read_text())["runs"]:
+        for path in sorted((manifest.parent / "runs" / entry["run"]).rglob("*.*")):
+            path.unlink()
+    found = gather(manifest)
+    assert set(found.runs["status"]) == {"missing"}
+    page = report(manifest, manifest.parent, tmp_path / "report").read_text()
+    assert "16 of 16 runs have no metrics yet" in page
+    for draw in figures.FIGURES.values():
+        draw(found)
+
+
+def test_quality_checks_find_what_is_wrong(tmp_path):
+    manifest = small(tmp_path)
+    first, second, third = (run_folder(manifest, number) for number in range(3))
+    weights = json.loads((first / "generate" / "generate.json").read_text())["weights_sha256"]
+    edit(second / "generate" / "generate.json", lambda c: c.update(weights_sha256=weights))
+    edit(
+        first / "evaluate" / "fidelity.json",
+        lambda c: c["metrics"].update(precision_digits_1797=1.5, recall_digits_1797=None),
+    )
+    frame = pd.read_parquet(third / "train" / "dynamics.parquet")
+    frame.loc[3, "value"] = math.inf
+    frame.to_parquet(third / "train" / "dynamics.parquet")
+    edit(third / "train" / "status.json", lambda c: c.update(step=900))
+    found = gather(manifest).qc
+    assert {
+        ("identical weights", first.name),
+        ("implausible metric", first.name),
+        ("non-finite history", third.name),
+        ("stopped early", third.name),
+    } == {(row.check, row.run) for row in found.itertuples() if row.severity == "error"}
+    assert len(found[found["check"] == "implausible metric"]) == 2
+
+
+def test_arms_with_equal_axes_are_told_apart_by_their_settings(tmp_path):
+    manifest = small(tmp_path, seeds=(0,))
+    content = json.loads(manifest.read_text())
+    other = copy.deepcopy(content["runs"][0])
+    other["run"], other["arm"] = other["run"] + "x", other["arm"] + "x"
+    other["spec"]["training"]["lr"] = 0.01
+    content["runs"].append(other)
+    folder = run_folder(manifest)
+    synthetic.write_run(folder.with_name(other["run"]), other, 30, 4, False)
+    aggregate(content, manifest.parent, tmp_path / "tables")
+    found = Tables.read(tmp_path / "tables", manifest.parent)
+    arms = found.runs.set_index("run")["arm"]
+    assert arms[other["run"]] == "uvit / none / dsm / training.lr=0.01"
+    assert arms[folder.name] == "uvit / none / dsm / training.lr=0.001"
+    # The other learning rate has no unscaled arm but itself: it is no one's baseline.
+    assert not found.comparisons["baseline"].str.contains("0.01").any()
+    figures.quality_heatmap(found)
+
+
+def test_curves_are_thinned_and_keep_their_level(tables, tree):
+    lengths = tables.dynamics.groupby(["run", "quantity", "where"])["step"].count()
+    assert lengths.max() <= 60
+    assert lengths.xs("skip_norm", level="quantity").max() <= 30
+    run = tables.runs.loc[tables.runs["status"] == "done", "run"].iloc[0]
+    raw = pd.read_parquet(tree.parent / "runs" / run / "train" / "dynamics.parquet")
+    raw = raw[raw["quantity"] == "loss"]
+    thin = tables.dynamics[
+        (tables.dynamics["run"] == run) & (tables.dynamics["quantity"] == "loss")
+    ]
+    assert thin["points"].sum() == len(raw)
+    assert np.average(thin["value"], weights=thin["points"]) == pytest.approx(raw["value"].mean())
+    assert thin["raw"].iloc[-1] == raw["value"].iloc[-1]
+    assert thin["minimum"].min() == raw["value"].min()
+    assert not np.isinf(tables.dynamics["value"]).any()
+
+
+def test_oscillation_is_the_relative_wobble_at_the_end_of_training(tables):
+    levels = claims.final_levels(tables, "decoder_norm_after", "1", "oscillation")
+    scaling = tables.runs.set_index("run")["skip_scaling"]
+    means = levels.groupby(scaling).mean()
+    # The tree wobbles with standard deviation 0.08 x growth.
+    assert means["none"] == pytest.approx(0.08, rel=0.15)
+    assert means["cs(0.7)"] == pytest.approx(0.04, rel=0.15)
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def test_paired_test_is_students():
+    a, b = np.array([3.1, 2.9, 3.4, 3.0]), np.array([2.8, 2.8, 3.0, 2.9])
+    ours, theirs = statistics.paired(a - b), stats.ttest_rel(a, b)
+    assert ours.p == pytest.approx(theirs.pvalue)
+    assert (ours.low, ours.high) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert ours.low < ours.mean < ours.high
+    assert ours.detectable > 0
+
+
+@pytest.mark.parametrize(
+    ("differences", "words"),
+    [([], "no common seed"), ([0.4], "one pair: no test"), ([1.0, 1.0], "no spread")],
+)
+def test_where_no_test_is_possible_there_is_no_p(differences, words):
+    result = statistics.paired(differences)
+    assert math.isnan(result.p)
+    assert words in result.note
+
+
+def test_holm_steps_down_and_skips_what_was_not_tested():
+    assert statistics.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    adjusted = statistics.holm([0.01, math.nan, 0.5])
+    assert adjusted[0] == pytest.approx(0.02)
+    assert math.isnan(adjusted[1])
+    assert statistics.holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+def test_bootstrap_is_seeded_and_needs_two_values():
+    values = [1.0, 2.0, 4.0, 8.0]
+    low, high = statistics.bootstrap_interval(values)
+    assert (low, high) == statistics.bootstrap_interval(values)
+    assert 1 <= low < np.mean(values) < high <= 8
+    assert all(math.isnan(end) for end in statistics.bootstrap_interval([1.0]))
+
+
+def test_smoothing_leaves_a_trend_alone_to_its_very_ends():
+    line = np.arange(50.0)
+    assert statistics.smooth(line, 5) == pytest.approx(line)
+    noise = np.random.default_rng(0).normal(size=200)
+    assert statistics.smooth(noise, 5)[5:-5].std() < 0.5 * noise.std()
+
+
+def test_a_trend_is_no_wobble():
+    steps = np.arange(100)
+    noise = np.random.default_rng(0).normal(size=(100, 2)) * [0.0, 0.3]
+    found = statistics.wobble(steps, 3.0 + 0.2 * steps[:, None] + noise)
+    assert found == pytest.approx([0.0, 0.3], abs=0.03)
+
+
+def test_comparisons_pair_runs_by_their_seeds(tables):
+    rows = tables.comparisons.set_index(["metric", "arm"])
+    row = rows.loc[(METRIC, "uvit / cs(0.7) / stf")]
+    values = tables.metrics[tables.metrics["metric"] == METRIC].pivot_table(
+        index="seed", columns="arm", values="value"
+    )
+    difference = values["uvit / cs(0.7) / stf"] - values["uvit / none / dsm"]
+    assert row["n_pairs"] == 2
+    assert row["mean_difference"] == pytest.approx(difference.mean())
+    assert row["baseline"] == "uvit / none / dsm"
+    assert row["p_value"] <= row["p_holm"] <= 1
+    assert (METRIC, "uvit / none / dsm") not in rows.index
+    lost = rows.loc[(METRIC, "patch_unet / ls / dsm")]
+    assert (lost["n_pairs"], lost["n_diverged_pairs"], lost["verdict"]) == (1, 1, "no test")
+    assert "one pair: no test is possible" in lost["note"]
+    assert "diverged" in lost["note"]
+
+
+def test_better_is_said_only_where_the_test_says_so(tables):
+    tested = tables.comparisons[tables.comparisons["p_holm"].notna()]
+    claimed = tested["verdict"].isin(["better", "worse"])
+    assert (claimed == (tested["p_holm"] < 0.05)).all()
+    untested = tables.comparisons[tables.comparisons["p_holm"].isna()]
+    assert set(untested["verdict"]) == {"no test"}
+    good = tested[claimed & (tested["better"] == "lower")]
+    assert ((good["mean_difference"] < 0) == (good["verdict"] == "better")).all()
+
+
+def test_verdicts_are_honest_about_few_pairs():
+    judge = statistics.verdict
+    assert judge([-1.0, -1.1, -0.9], "x", positive=False).word == "reproduced"
+    assert judge([-1.0, -1.1, -0.9], "x", positive=True).word == "not reproduced"
+    unclear = judge([-1.0, 1.1, -0.9], "x", positive=False)
+    assert unclear.word == "not reproduced"
+    assert "holds zero" in unclear.reason
+    assert judge([-1.0], "x", positive=False).word == "not testable at this budget"
+
+
+def test_pairs_differ_in_one_column_alone(tables):
+    values = claims.metric_values(tables)
+    both = claims.pairs(tables, values, "target", "stf", "dsm")
+    # 25 arms x 2 seeds, less one missing and two diverged.
+    assert len(both) == 47
+    row = both[(both["line"] == "uvit") & (both["skip_scaling"] == "ls")].iloc[0]
+    runs = tables.runs.set_index(["line", "skip_scaling", "target", "data_seed"])["run"]
+    key = ("uvit", "ls", "stf", row["data_seed"])
+    assert row["stf"] == values[runs[key]]
+    assert row["difference"] == pytest.approx(row["stf"] - row["dsm"])
+
+
+# --- figures -------------------------------------------------------------------------------------
+
+
+def texts(figure) -> str:
+    return "\n".join(artist.get_text() for artist in figure.findobj(Text))
+
+
+def test_every_figure_is_drawn_and_says_what_it_is_made_of(tables, drawn):
+    assert {path.stem for path in drawn.glob("*.svg")} == set(figures.FIGURES)
+    some = tables.only(family=["udit", "ncsnpp"], skip_scaling=["none", "ls"])
+    for name, draw in figures.FIGURES.items():
+        small_print = texts(draw(some)).replace("\n", " ")
+        assert "15 of 16 runs (1 diverged, 1 missing), n = 2 seeds per arm" in small_print, name
+
+
+def test_quality_figures_name_their_metric_and_mark_divergence(tables):
+    words = texts(figures.quality_heatmap(tables))
+    assert "FD (digits), 1797 images (lower is better)" in words
+    assert tables.identity(METRIC)["identity"] in words
+    assert "FID" not in words
+    assert "1/2 diverged" in words
+    assert "diverged\nat step" in texts(figures.sample_grids(tables))
+    assert "Patch U-Net, none, DSM, seed 0" in texts(figures.divergence(tables))
+    calm = tables.only(family="uvit")
+    assert "No run diverged" in texts(figures.divergence(calm))
+
+
+def test_two_builds_give_the_same_files_without_dates(tree, tmp_path):
+    for folder in ("a", "b"):
+        figures.draw_all(
+            tree.parent / "tables", tree.parent, tmp_path / folder, only=["quality_heatmap"]
+        )
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == [f"quality_heatmap.{suffix}" for suffix in ("pdf", "png", "svg")]
+    for name in names:
+        content = (tmp_path / "a" / name).read_bytes()
+        assert content == (tmp_path / "b" / name).read_bytes()
+        assert b"CreationDate" not in content
+        assert b"dc:date" not in content
+
+
+def test_a_new_figure_is_one_function_and_one_line(tables, monkeypatch):
+    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+
+    @figures.drawn
+    def all_seeds(tables):
+        """Seeds."""
+        return figures.text_figure("Seeds", str(sorted(set(tables.runs["seed"]))))
+
+    assert "['0', '1']" in texts(figures.FIGURES["all_seeds"](tables))
+
+
+def test_unknown_figure_is_named(tree, tmp_path):
+    with pytest.raises(UserError, match="'nonsense' is unknown; there are quality_heatmap"):
+        figures.draw_all(tree.parent / "tables", tree.parent, tmp_path, only=["nonsense"])
+
+
+def test_only_the_first_samples_are_read(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3)).astype(np.uint8)
+    for name, save in (("a", np.savez), ("b", np.savez_compressed)):
+        save(tmp_path / f"{name}.npz", arr_0=images, arr_1=np.zeros(50))
+        assert (figures.read_samples(tmp_path / f"{name}.npz", 7) == images[:7]).all()
+    np.savez(tmp_path / "none.npz", arr_0=images[:0])
+    assert figures.read_samples(tmp_path / "none.npz", 7).shape == (0, 8, 8, 3)
+    np.savez(tmp_path / "float.npz", arr_0=images.astype(float))
+    with pytest.raises(UserError, match="samples are uint8"):
+        figures.read_samples(tmp_path / "float.npz", 7)
+
+
+def test_words_and_colours_are_fixed():
+    assert style.metric_label("fd_digits_1797") == "FD (digits), 1797 images"
+    assert style.metric_label("fid_50000") == "FID, 50000 images"
+    assert style.scaling_label("cs(0.5, per_level)") == "CS 0.5, per_level"
+    assert style.line_label("ddpmpp(dropout=0.1) / vp") == "DDPM++(dropout=0.1) / vp"
+    assert style.order_scalings(["ls", "cs(0.5)", "none", "cs(0.9)", "inv_sqrt2"]) == [
+        *("none", "inv_sqrt2", "cs(0.9)", "cs(0.5)", "ls")
+    ]
+    colours = style.scaling_colours(["cs(0.9)", "cs(0.5)", "ls", "none"])
+    assert len(set(colours.values())) == 4
+    assert colours["cs(0.9)"] == style.COLOURS["cs"]
+    assert len(set(style.markers(["uvit", "mine", "other"]).values())) == 3
+
+
+def test_analysis_needs_no_torch():
+    code = (
+        "import sys, study.analysis.report, study.analysis.figures, study.analysis.claims;"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+def test_the_report_is_one_file_that_needs_nothing_else(tree, drawn, tmp_path):
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "notebooks" / "overview.html").write_text("x")
+    path = report(tree, tree.parent, tmp_path)
+    page = path.read_text()
+    assert path.stat().st_size < 4e6
+    assert not re.search(r"https?://", page)
+    assert set(re.findall(r'(?:src|href)="([^"#]{1,30})', page)) == {
+        *("data:image/svg+xml;base64,PD94", "notebooks/overview.html")
+    }
+    assert page.count('src="data:image/') == len(figures.FIGURES)
+    assert "100 runs of 50 arms, 97 finished, 2 diverged, 1 missing or unfinished" in page
+    assert "1 of 100 runs has no metrics yet" in page
+    assert "ncsnpp-ls-stf-s1" in page
+    assert "non-finite loss" in page
+    assert synthetic.PROVENANCE["git"]["commit"] in page
+    # What is not FID is called FID only where the page says that it is not.
+    for found in re.finditer(r"\bFID\b", page):
+        assert re.search(r"is not (the Inception )?FID", page[found.start() - 30 : found.end()])
+
+
+def test_the_report_claims_nothing_from_one_seed(tmp_path):
+    manifest = small(tmp_path, seeds=(0,))
+    gather(manifest)
+    page = report(manifest, manifest.parent, tmp_path / "report").read_text()
+    assert "a test needs at least two seeds" in page
+    assert "One seed per arm" in page
+    assert "one pair: no test is possible" in page
+    assert 'class="verdict better"' not in page
+
+
+def test_the_data_sets_note_stands_wherever_its_metrics_do(tmp_path):
+    manifest = small(tmp_path, seeds=(0,))
+    note = "a lossy copy <of> the data"
+    edit(manifest, lambda c: c["config"]["dataset"].update(note=note))
+    found = gather(manifest)
+    page = report(manifest, manifest.parent, tmp_path / "report").read_text()
+    assert page.count("a lossy copy &lt;of&gt; the data") >= 4
+    assert note in texts(figures.quality_heatmap(found)).replace("\n", " ")
+
+
+def test_the_report_asks_for_its_tables(tmp_path):
+    manifest = small(tmp_path, seeds=(0,))
+    with pytest.raises(UserError, match=r"runs.csv: no such table; `study aggregate` writes it"):
+        report(manifest, manifest.parent, tmp_path / "report")
+
+
+# --- published numbers ---------------------------------------------------------------------------
+
+
+def test_published_numbers_have_sources_and_none_is_from_memory():
+    rows = published.numbers()
+    assert len(rows) > 700
+    assert all(row.source and row.paper and row.value for row in rows)
+    assert {row.origin for row in rows} == {"stated", "digitised"}
+    assert all(row.reading_error for row in rows if row.origin == "digitised")
+    assert not any("[R]" in text for row in rows for text in vars(row).values())
+    (stf,) = published.numbers(paper="STF", metric="FID-50K")
+    assert stf.number == 1.9
+
+
+@pytest.mark.parametrize(
+    ("dataset", "metric", "expected"),
+    [
+        ({"name": "cifar10", "source": "cifar10"}, "fid_50000", {"3.11"}),
+        ({"name": "cifar10", "source": "cifar10"}, "fid_10000", set()),
+        ({"name": "cifar10", "source": "cifar10"}, "fd_pixels_50000", set()),
+        ({"name": "cifar10-jpeg", "source": "zip", "resolution": 32}, "fid_50000", set()),
+        ({"name": "cifar10", "source": "cifar10", "note": "JPEG copy"}, "fid_50000", set()),
+        ({"name": "digits", "source": "digits"}, "fid_50000", set()),
+    ],
+)
+def test_only_comparable_numbers_stand_beside_ours(dataset, metric, expected):
+    spec = synthetic.spec("uvit", "none", "dsm", 0, 1000)
+    found = published.beside(dataset, spec, metric, synthetic.identity())
+    assert {row["number"].value for row in found} == expected
+    for row in found:
+        differences = "\n".join(row["differences"])
+        assert "theirs Euler–Maruyama" in differences
+        assert "ours 1000 steps of 64 images" in differences
+
+
+def test_stable_targets_stand_beside_stf_and_plain_ones_beside_edm():
+    dataset = {"name": "cifar10", "source": "cifar10"}
+    for target, value in (("stf", "1.9"), ("dsm", "1.97")):
+        spec = synthetic.spec("ddpmpp", "none", target, 0, 1000)
+        found = published.beside(dataset, spec, "fid_50000", synthetic.identity())
+        assert {row["number"].value for row in found} == {value}
+
+
+# --- notebooks and captions ----------------------------------------------------------------------
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_lie_in_the_repository_without_outputs(path):
+    content = nbformat.read(path, as_version=4)
+    nbformat.validate(content)
+    code = [cell for cell in content.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert [cell.metadata.get("tags") for cell in code].count(["parameters"]) == 1
+
+
+def test_a_notebook_runs_here_and_renders_offline(tree, tmp_path, monkeypatch):
+    monkeypatch.chdir(tree.parent)
+    parameters = {"tables": "tables", "results": ".", "figures": "figures"}
+    out, page = tmp_path / "uvit.ipynb", tmp_path / "html" / "uvit.html"
+    run_notebook(ROOT / "notebooks" / "uvit.ipynb", out, page, parameters)
+    content = nbformat.read(out, as_version=4)
+    assert not any("papermill" in cell.metadata for cell in content.cells)
+    html = page.read_text()
+    assert not re.search(r"https?://|<script", html)
+    assert 'src="data:image/png;base64,' in html
+    assert "no arm of this study trains a U-ViT without long skips" in html
+    assert "Not testable at this budget" in html
+
+
+def test_a_failing_notebook_leaves_what_it_did(tmp_path):
+    cells = [nbformat.v4.new_code_cell("print('so far')"), nbformat.v4.new_code_cell("1 / 0")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "bad.ipynb")
+    with pytest.raises(UserError, match="cell 2 failed: ZeroDivisionError"):
+        run_notebook(tmp_path / "bad.ipynb", tmp_path / "out.ipynb", tmp_path / "out.html")
+    kept = nbformat.read(tmp_path / "out.failed.ipynb", as_version=4)
+    assert "so far" in json.dumps(kept.cells)
+    assert not (tmp_path / "out.ipynb").exists()
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_every_figure_and_table_of_the_workflow_has_a_caption():
+    class Wildcards:
+        pass
+
+    class Snakemake:
+        wildcards = Wildcards()
+
+    source = (ROOT / "workflow" / "report" / "figure.rst").read_text()
+    template = jinja2.Environment(undefined=jinja2.StrictUndefined).from_string(source)
+    captions = set()
+    for name in figures.FIGURES:
+        Snakemake.wildcards.figure = name
+        caption = template.render(snakemake=Snakemake).strip()
+        assert not caption.startswith("Drawn from"), name
+        captions.add(caption)
+    assert len(captions) == len(figures.FIGURES)
+    for name in ("summary", "comparisons", "cost", "qc"):
+        assert name in TABLES
+        assert (ROOT / "workflow" / "report" / f"{name}.rst").is_file()
