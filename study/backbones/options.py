@@ -63,7 +63,14 @@ class UViT(Options):
 
 
 UVIT: dict[str, dict[str, Any]] = {
-    "tiny": {"patch_size": 2, "embed_dim": 48, "depth": 6, "num_heads": 3, "mlp_ratio": 2.0},
+    "tiny": {
+        "patch_size": 2,
+        "embed_dim": 48,
+        "depth": 6,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "mlp_time_embed": True,
+    },
     "cifar10-S2": {"patch_size": 2, "embed_dim": 512, "depth": 12, "num_heads": 8},
     "celeba64-S4": {"patch_size": 4, "embed_dim": 512, "depth": 12, "num_heads": 8},
     "imagenet64-M4": {

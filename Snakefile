@@ -1,0 +1,25 @@
+# Reads config.yaml and says what the study consists of. The work is in workflow/rules/, the code
+# that it calls in study/ (python -m study <verb>). What a run will cost: study plan.
+configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/generate.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/analyse.smk"
+include: "workflow/rules/report.smk"
+
+
+# Every result by name, not the report alone: Snakemake makes no missing file that only leads to
+# another one which is there. Large files (weights, samples) may go when a study is finished.
+rule all:
+    default_target: True
+    input:
+        collect(rules.train.output.status, run=RUNS),
+        collect(rules.evaluate.output.metrics, run=RUNS),
+        collect(rules.notebook.output, notebook=STUDY.notebooks),
+        rules.aggregate.output,
+        rules.figures.output,
+        rules.report.output,

@@ -1,0 +1,535 @@
+"""What a study will cost, before anything starts: runs, steps, parameters, time and disk.
+
+Times come from finished runs with the same backbone where there are any, else from the network's
+floating-point operations and a table of speeds. torch is imported only to count
+parameters and operations, on the meta device, once per network; the counts are kept on disk.
+"""
+
+import heapq
+import os
+import statistics
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from study import digest
+from study.arms import NOT_SETTINGS, Run, image_shape, models, training_steps, unsupported
+from study.arms import runs as resolve
+from study.config import Study, load
+from study.diffusion.samplers import nfe
+from study.files import UserError, canonical_json, read_json, write_json
+from study.progress import SECONDS, duration
+from study.status import State, state_of
+
+SPEED = {
+    # family: (one CPU core, one GPU), in GFLOP/s that training reaches. CPU: measured with the tiny
+    # presets at batch 64 on an x86 server core. GPU: assumed, until runs on it are there to tell.
+    "uvit": (25.0, 20e3),
+    "udit": (12.0, 10e3),
+    "patch_unet": (23.0, 15e3),
+    "ddpmpp": (25.0, 15e3),
+    "ncsnpp": (26.0, 15e3),
+}
+OTHER_SPEED = (20.0, 15e3)
+"""Speed assumed for a family that is not in the table."""
+
+TYPICAL_GFLOPS = 0.005
+"""Forward pass of a network that has not been counted; serves progress lines only."""
+
+STARTING = 3.0
+"""Seconds until a job is at work."""
+
+IMAGES = {("digits", "train"): 1797, ("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000}
+"""Images of sources that are always the same."""
+
+CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
+"""Classes of sources that are always the same."""
+
+EVALUATION = {"inception": (0.03, 0.001), "digits": (0.001, 0.001)}
+"""Seconds per image that is measured, on (one CPU core, one GPU)."""
+
+COUNTED = Path(__file__).parent / "networks.json"
+"""Counts that come with the package; ``make networks`` writes them."""
+
+COUNT_UP_TO = 200
+"""Runs of a study up to which its networks are counted without being asked."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """Size of a network: its parameters, and the operations of one image's forward pass."""
+
+    parameters: int
+    flops: float
+
+
+@dataclass
+class Row:
+    """What one run will cost; ``None`` where it cannot be told. Seconds and bytes.
+
+    ``why`` is empty if nothing is to be done, ``source`` says where the times come from.
+    """
+
+    run: Run
+    state: State
+    steps: int
+    images_seen: int
+    network: Network | None = None
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    source: str = ""
+    disk: float | None = None
+    why: str = ""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds that the run still takes on one slot."""
+        known = [value for value in self.seconds.values() if value is not None]
+        return sum(known) if len(known) == len(self.seconds) else None
+
+
+# --- networks --------------------------------------------------------------------------------
+
+
+def _scaling_kind(spec: Mapping[str, Any]) -> str:
+    """Constant factors have no parameters, so they make networks of the same size."""
+    method = spec["skip_scaling"]["method"]
+    return method if method.startswith("ls") else "constant"
+
+
+def _network_key(spec: Mapping[str, Any], shape: tuple[int, int, int]) -> str:
+    from study.backbones import family
+
+    training = spec["training"]
+    return canonical_json(
+        [
+            spec["backbone"]["family"],
+            spec["backbone"]["options"],
+            _scaling_kind(spec),
+            *shape,
+            training["conditional"],
+            bool(training["augment"]),
+            spec["formulation"]["kind"],
+            *([len(models(spec))] if len(models(spec)) > 1 else []),
+            digest.stage_digest((family(spec["backbone"]["family"]).module,)),
+        ]
+    )
+
+
+def _shape(spec: Mapping[str, Any], results: Path) -> tuple[int, int, int] | None:
+    """Resolution, channels and classes of the data, if they are known before conversion."""
+    resolution, channels = image_shape(spec["dataset"])
+    classes = spec["dataset"]["classes"] or CLASSES.get(spec["dataset"]["source"], 10)
+    if resolution is None or channels is None:
+        return None
+    return resolution, channels, classes
+
+
+def count(spec: Mapping[str, Any], shape: tuple[int, int, int]) -> Network:
+    """Count a network's parameters and operations on the meta device. Imports torch.
+
+    Of networks that share the noise levels every image passes one.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from study.backbones import build
+    from study.diffusion import formulations
+
+    resolution, channels, classes = shape
+    training = spec["training"]
+    classes = classes if training["conditional"] else 0
+    parts = formulations(spec["formulation"])
+    outputs = channels * parts[0].output_multiplier
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network = build(
+            spec["backbone"],
+            spec["skip_scaling"],
+            resolution=resolution,
+            channels=channels,
+            out_channels=outputs,
+            num_classes=classes,
+            augment_dim=9 if training["augment"] else 0,
+        )
+        image = torch.empty(1, channels, resolution, resolution)
+        label = torch.zeros(1, dtype=torch.int64) if classes else None
+        text = getattr(network, "context_shape", None)
+        context = {"context": torch.empty(1, *text)} if text else {}
+        network(image, torch.empty(1), label, **context)
+    parameters = len(parts) * sum(parameter.numel() for parameter in network.parameters())
+    return Network(parameters, float(counter.get_total_flops()))
+
+
+class Networks:
+    """Counts of networks: those of the studies that come with the package, and those made here.
+
+    The latter are kept in ``results/.networks.json``. A changed backbone is counted again.
+    """
+
+    def __init__(self, results: Path, counting: bool) -> None:
+        self.path, self.results, self.counting = results / ".networks.json", results, counting
+        self.known: dict[str, Any] = {}
+        for path in (COUNTED, self.path):
+            with suppress(UserError):
+                self.known |= read_json(path)
+        self.changed = False
+        self.missing: set[str] = set()
+
+    def __call__(self, spec: Mapping[str, Any]) -> Network | None:
+        shape = _shape(spec, self.results)
+        if shape is None:
+            return None
+        key = _network_key(spec, shape)
+        if key not in self.known:
+            if not self.counting:
+                self.missing.add(key)
+                return None
+            network = count(spec, shape)
+            self.known[key] = [network.parameters, network.flops]
+            self.changed = True
+        return Network(*self.known[key])
+
+    def save(self) -> None:
+        if self.changed:
+            write_json(self.path, self.known)
+
+
+def count_all(configs: Iterable[str | Path]) -> None:
+    """Count the networks of studies for the package, where plans find them without torch."""
+    networks = Networks(Path("results"), True)
+    networks.known = {}
+    for config in configs:
+        for run in resolve(load(config)).values():
+            networks(run.spec)
+    write_json(COUNTED, networks.known)
+
+
+# --- time ------------------------------------------------------------------------------------
+
+
+def _backbone_key(spec: Mapping[str, Any]) -> str:
+    return canonical_json([spec["backbone"], spec["dataset"]["name"], image_shape(spec["dataset"])])
+
+
+class Measured:
+    """Seconds per image of finished runs, by backbone and stage."""
+
+    def __init__(self, folders: Iterable[Path], gpu: bool) -> None:
+        found: dict[tuple[str, str], list[float]] = {}
+        for folder in folders:
+            try:
+                status = read_json(folder / "train" / "status.json")
+                key = _backbone_key(status["spec"])
+                device = (status.get("provenance") or {}).get("device") or "cpu"
+                if (device != "cpu") != gpu:
+                    continue
+                if status["images_seen"]:
+                    seconds = status["train_seconds"] / status["images_seen"]
+                    found.setdefault((key, "train"), []).append(seconds)
+                made = read_json(folder / "generate" / "generate.json")
+                if made.get("images_per_second"):
+                    seconds = 1 / (made["images_per_second"] * made["nfe"])
+                    found.setdefault((key, "generate"), []).append(seconds)
+            except (UserError, KeyError, TypeError):
+                continue
+        self.seconds = {key: statistics.median(values) for key, values in found.items()}
+
+    def __call__(self, spec: Mapping[str, Any], stage: str) -> float | None:
+        """Seconds per image: a training step's share, or one network evaluation in sampling."""
+        return self.seconds.get((_backbone_key(spec), stage))
+
+
+def _speed(family: str, gpu: bool) -> float:
+    return SPEED.get(family, OTHER_SPEED)[gpu] * 1e9
+
+
+def images_to_make(study: Study, results: Path = Path("results")) -> int | None:
+    """Images that every run generates, if it is known before the data set is converted."""
+    if study.generation.images is not None:
+        return study.generation.images
+    dataset = study.dataset
+    known = IMAGES.get((dataset.source, dataset.split or "train"))
+    if known is None:
+        reference = results / "datasets" / f"{dataset.name}.{study.evaluation.extractor}"
+        try:
+            known = read_json(reference / "reference.json")["images"]
+        except (UserError, KeyError, TypeError):
+            return None
+    return min(known, dataset.max_images or known)
+
+
+def _evaluations(study: Study, spec: Mapping[str, Any]) -> int:
+    guidance = study.generation.guidance
+    guidance = guidance and guidance.model_dump(mode="json")
+    return nfe(study.generation.sampler.resolved(), guidance, spec["formulation"])
+
+
+def guess(rule: str, study: Study, run: Run | None) -> float:
+    """First guess of a job's seconds, without counting; only ratios matter much."""
+    gpu = study.machine.gpus > 0
+    if run is None or rule not in ("train", "generate"):
+        return SECONDS.get(rule, 5.0)
+    per_image = TYPICAL_GFLOPS * 1e9 / _speed(run.spec["backbone"]["family"], gpu)
+    if rule == "train":
+        images = training_steps(run.spec) * run.spec["training"]["batch"]
+        return STARTING + 3 * per_image * images
+    images = images_to_make(study) or 10_000
+    return STARTING + per_image * images * _evaluations(study, run.spec)
+
+
+def check_shared(study: Study, results: str | Path = "results") -> None:
+    """Raise ``UserError`` if another study means something else by the same data set's name.
+
+    Studies share archives and references; two meanings of one name would convert, and so train,
+    everything again at every change of study.
+    """
+    results, ours = Path(results), study.model_dump(mode="json")
+    for path in sorted(results.glob("*/study.json")):
+        other = read_json(path)["config"]
+        if other["study"] == study.study:
+            continue
+        for where, mine in _datasets(ours).items():
+            for theirs in _datasets(other).values():
+                _check_same(where, mine, theirs, path.parent)
+
+
+def _datasets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The data sets of a resolved study by the section that describes them."""
+    found = {
+        "dataset": config["dataset"],
+        "evaluation.reference": config["evaluation"].get("reference"),
+    }
+    return {where: dataset for where, dataset in found.items() if dataset is not None}
+
+
+def _check_same(
+    where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path
+) -> None:
+    if ours["name"] != theirs["name"]:
+        return
+    for key in ours:
+        if key not in NOT_SETTINGS and ours[key] != theirs.get(key):
+            raise UserError(
+                f"{where}.name: {ours['name']!r} is a data set of {folder} with {key}: "
+                f"{theirs.get(key)!r} instead of {ours[key]!r}; choose another name, or delete "
+                "that folder"
+            )
+
+
+# --- the plan --------------------------------------------------------------------------------
+
+
+def plan(study: Study, results: str | Path = "results", counting: bool | None = None) -> list[Row]:
+    """What every run of a study will cost.
+
+    ``counting`` says whether networks that are not yet counted are (which imports torch); by
+    default they are in studies of up to ``COUNT_UP_TO`` runs.
+    """
+    results = Path(results)
+    gpu = study.machine.gpus > 0
+    found = resolve(study)
+    folder = results / study.study / "runs"
+    networks = Networks(results, len(found) <= COUNT_UP_TO if counting is None else counting)
+    measured = Measured(sorted(results.glob("*/runs/*")), gpu)
+    images = images_to_make(study, results)
+    rows = [
+        _row(study, run, state_of(run, folder / run.name), networks, measured, images)
+        for run in found.values()
+    ]
+    networks.save()
+    return rows
+
+
+def _row(
+    study: Study,
+    run: Run,
+    state: State,
+    networks: Networks,
+    measured: Measured,
+    images: int | None,
+) -> Row:
+    gpu = study.machine.gpus > 0
+    steps = training_steps(run.spec)
+    row = Row(run, state, steps, steps * run.spec["training"]["batch"])
+    row.network = networks(run.spec)
+    per_image, source = {}, "measured here"
+    for stage, passes in (("train", 3), ("generate", 1)):
+        per_image[stage] = measured(run.spec, stage)
+        if per_image[stage] is None and row.network is not None:
+            speed = _speed(run.spec["backbone"]["family"], gpu)
+            per_image[stage] = passes * row.network.flops / speed
+            source = "counted operations and a table of speeds"
+        elif per_image[stage] is None:
+            source = "unknown"
+    row.source = source
+    wanted = {
+        "train": _product(per_image["train"], row.images_seen),
+        "generate": _product(per_image["generate"], images, _evaluations(study, run.spec)),
+        "evaluate": _product(
+            EVALUATION.get(study.evaluation.extractor, (0.01, 0.001))[gpu], images
+        ),
+    }
+    if state.state in ("running", "stopped") and state.stage == "train" and state.steps:
+        wanted["train"] = _product(wanted["train"], 1 - state.step / state.steps)
+    started = {key: value and value + STARTING for key, value in wanted.items()}
+    row.seconds = started | dict.fromkeys(_finished(state), 0.0)
+    if state.state not in ("done", "diverged"):
+        row.why = state.note or state.state
+    resolution, channels = image_shape(run.spec["dataset"])
+    reference = study.evaluation.reference
+    if study.generation.decoder is not None and reference is not None:
+        resolution, channels = image_shape(reference.model_dump(mode="json"))
+    if row.network is not None and images is not None and resolution and channels:
+        # EMA and raw weights; checkpoint: weights, average and two moments; samples.
+        row.disk = 4.0 * row.network.parameters * (2 + 4) + images * resolution**2 * channels
+    return row
+
+
+def _finished(state: State) -> tuple[str, ...]:
+    """Stages of a run that need no more work."""
+    if state.state in ("done", "diverged"):
+        return ("train", "generate", "evaluate")
+    stages = ("train", "generate", "evaluate")
+    return stages[: stages.index(state.stage)] if state.state == "waiting" else ()
+
+
+def _product(*factors: float | None) -> float | None:
+    result = 1.0
+    for factor in factors:
+        if factor is None:
+            return None
+        result *= factor
+    return result
+
+
+def slots(study: Study) -> tuple[int, str]:
+    """How many jobs run at a time here, and on what."""
+    machine = study.machine
+    if machine.gpus:
+        return max(1, machine.gpus * machine.jobs_per_gpu // machine.processes), "GPU"
+    return max(1, (os.cpu_count() or 1) // (machine.threads * machine.processes)), "CPU"
+
+
+def packed(seconds: Iterable[float], slots: int) -> float:
+    """Time until all jobs are done on ``slots``, the longest first."""
+    ends = [0.0] * slots
+    for value in sorted(seconds, reverse=True):
+        heapq.heapreplace(ends, ends[0] + value)
+    return max(ends)
+
+
+# --- printing --------------------------------------------------------------------------------
+
+
+COUNTS, BYTES = ",k,M,G,T", "B,kB,MB,GB,TB"
+
+
+def _amount(value: float | None, units: str, step: float = 1000.0) -> str:
+    if value is None:
+        return "?"
+    names = units.split(",")
+    for name in names:
+        if value < step or name == names[-1]:
+            break
+        value /= step
+    return f"{value:.3g} {name}".strip()
+
+
+def _time(seconds: float | None) -> str:
+    return "?" if seconds is None else duration(seconds)
+
+
+def _table(rows: list[Row]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("arm")
+    columns = ("runs", "steps", "images seen", "parameters", "FLOPs/image", "train", "generate")
+    for column in (*columns, "disk"):
+        table.add_column(column, justify="right")
+    table.add_column("to do")
+    arms: dict[str, list[Row]] = {}
+    for row in rows:
+        arms.setdefault(row.run.arm, []).append(row)
+    for group in arms.values():
+        first = group[0]
+        network = first.network
+        notes = dict.fromkeys(row.why or "-" for row in group)
+        table.add_row(
+            Text(first.run.display),
+            str(len(group)),
+            str(first.steps),
+            _amount(first.images_seen, COUNTS),
+            _amount(network and network.parameters, COUNTS),
+            _amount(network and network.flops, COUNTS),
+            _time(_sum(row.seconds["train"] for row in group)),
+            _time(_sum(row.seconds["generate"] for row in group)),
+            _amount(_sum(row.disk for row in group), BYTES),
+            Text("; ".join(notes)),
+        )
+    return table
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    total = 0.0
+    for value in values:
+        if value is None:
+            return None
+        total += value
+    return total
+
+
+def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
+    """The plan in a few lines."""
+    todo = [row for row in rows if row.why]
+    arms = len({row.run.arm for row in rows})
+    lines = [f"{study.study}: {len(rows)} runs of {arms} arms, {len(todo)} of them to do"]
+    stale = sum(row.state.state == "stale" for row in rows)
+    if stale:
+        lines[0] += f" ({stale} again: settings or code have changed)"
+    steps = sum(row.steps for row in todo)
+    known = [row.left for row in todo if row.left is not None]
+    number, kind = slots(study)
+    if todo and len(known) == len(todo):
+        lines.append(
+            f"{steps:,} steps; {duration(sum(known))} of one {kind} slot, about "
+            f"{duration(packed(known, number))} on the {number} of this machine, and a minute or "
+            "two for data, tables and figures"
+        )
+        sources = ", ".join(dict.fromkeys(row.source for row in todo))
+        disk = _amount(_sum(row.disk for row in rows), BYTES)
+        lines.append(f"Times: {sources}. Disk: {disk}")
+    elif todo:
+        lines.append(f"{steps:,} steps; no estimate of the time for {len(todo) - len(known)} runs")
+    problems = [unsupported(row.run.spec) for row in rows]
+    lines += dict.fromkeys(problem for problem in problems if problem)
+    if missing:
+        lines.append(f"{missing} networks are not counted yet; `study plan --count` does it")
+    return lines
+
+
+def show(
+    config: str | Path = "config.yaml",
+    arms: bool = True,
+    results: str | Path = "results",
+    counting: bool | None = None,
+) -> None:
+    """Print what a study will cost; with ``arms`` a row for each of them."""
+    from rich.console import Console
+
+    study = load(config)
+    rows = plan(study, results, counting)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)
+    if arms:
+        console.print(_table(rows))
+    uncounted = {
+        _backbone_key(row.run.spec) + _scaling_kind(row.run.spec)
+        for row in rows
+        if row.network is None
+    }
+    for line in summary(study, rows, len(uncounted)):
+        console.print(line, highlight=False, soft_wrap=True)

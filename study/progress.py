@@ -1,0 +1,320 @@
+"""How far a running study is and how long it still takes: single lines, read from files alone.
+
+The workflow's main process hands over the jobs that it is about to run. A thread watches their
+logs (a job's log appears when it starts) and outputs (fresh ones mean that it is done), and says
+where things stand when something has changed.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from study.files import UserError, read_json, write_json, write_text
+
+STOP_FILE = "results/.stop"
+
+GROUPS = {
+    "convert": "data",
+    "convert_reference": "data",
+    "extractor": "data",
+    "reference": "data",
+    "train": "train",
+    "generate": "generate",
+    "evaluate": "evaluate",
+    "aggregate": "report",
+    "figures": "report",
+    "notebook": "report",
+    "report": "report",
+}
+"""What a rule counts as in the line."""
+
+SERIAL = {"data", "report"}
+"""Groups whose jobs wait for each other, however many slots there are."""
+
+SECONDS = {
+    "convert": 4.0,
+    "convert_reference": 4.0,
+    "extractor": 15.0,
+    "reference": 5.0,
+    "generate": 5.0,
+    "evaluate": 6.0,
+    "aggregate": 5.0,
+    "figures": 15.0,
+    "notebook": 15.0,
+    "report": 5.0,
+}
+"""First guess of a job's duration, until jobs of its kind have finished."""
+
+
+OVERHEAD = 1.0
+"""Seconds of a slot that a job takes beyond what its files tell: starting, looking, scheduling."""
+
+
+@dataclass
+class Job:
+    """A job that is to run: its rule, its run if it has one, what it writes, what it should cost.
+
+    ``kind`` groups jobs that should take equally long (such as one backbone's trainings);
+    ``seconds`` is the first guess of its duration.
+    """
+
+    rule: str
+    run: str | None
+    output: str
+    log: str
+    kind: str = ""
+    seconds: float = 1.0
+    started: float | None = None
+    finished: float | None = None
+
+
+def _fresh(path: str, since: float) -> float | None:
+    """Time of the last change of ``path`` if it is not before ``since``.
+
+    A folder counts from the mark that Snakemake leaves in it when its job has ended.
+    """
+    if os.path.isdir(path):
+        path = os.path.join(path, ".snakemake_timestamp")
+    try:
+        changed = os.stat(path).st_mtime
+    except OSError:
+        return None
+    return changed if changed >= since else None
+
+
+def duration(seconds: float) -> str:
+    """``1:05`` for 65 seconds, ``2:03:04`` from an hour on, ``3 d 4 h`` from two days on."""
+    seconds = round(seconds)
+    if seconds >= 2 * 86400:
+        return f"{seconds // 86400} d {seconds % 86400 // 3600} h"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes}:{seconds:02d}"
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+class Progress:
+    """The state of a set of jobs, brought up to date from files by ``look``.
+
+    ``totals`` counts the jobs of each rule in the whole study, finished ones included; ``slots``
+    is how many run at a time; ``begun`` the time since when outputs count as fresh.
+    """
+
+    def __init__(
+        self,
+        results: str | Path,
+        jobs: Iterable[Job],
+        totals: Mapping[str, int],
+        slots: int,
+        begun: float,
+    ) -> None:
+        self.results, self.jobs, self.slots, self.begun = Path(results), list(jobs), slots, begun
+        self.before: dict[str, int] = defaultdict(int)  # done before this session
+        self.totals: dict[str, int] = defaultdict(int)
+        for rule, count in totals.items():
+            self.totals[GROUPS.get(rule, rule)] += count
+        self.before.update(self.totals)
+        for job in self.jobs:
+            self.before[GROUPS.get(job.rule, job.rule)] -= 1
+
+    def look(self, now: float) -> None:
+        """Bring every job's start and end up to date."""
+        for job in self.jobs:
+            if job.finished is not None:
+                continue
+            if job.started is None and _fresh(job.log, self.begun) is not None:
+                job.started = now
+            job.finished = _fresh(job.output, self.begun)
+            if job.finished is not None and job.started is None:
+                job.started = job.finished
+
+    def _costs(self) -> dict[tuple[str, str], float]:
+        """Expected seconds of a job by rule and kind, from those that have finished."""
+        measured: dict[tuple[str, str], list[float]] = defaultdict(list)
+        guessed: dict[str, float] = defaultdict(float)
+        spent: dict[str, float] = defaultdict(float)
+        for job in self.jobs:
+            if job.finished is not None:
+                took = max(job.finished - job.started, 0.0) + OVERHEAD
+                measured[job.rule, job.kind].append(took)
+                spent[job.rule] += took
+                guessed[job.rule] += job.seconds
+        # What one kind of job teaches about all others is how fast the machine is, no more.
+        everywhere = sum(spent.values()) / sum(guessed.values()) if spent else 1.0
+        everywhere = min(max(everywhere, 0.5), 2.0)
+        costs = {}
+        for job in self.jobs:
+            key = job.rule, job.kind
+            if key in costs:
+                continue
+            if key in measured:
+                costs[key] = sum(measured[key]) / len(measured[key])
+            elif job.rule in spent:
+                costs[key] = job.seconds * spent[job.rule] / guessed[job.rule]
+            else:
+                costs[key] = job.seconds * everywhere
+        return costs
+
+    def _remaining(self, job: Job, cost: float, now: float) -> float:
+        """Seconds that a job still takes by itself."""
+        if job.finished is not None:
+            return 0.0
+        if job.started is None:
+            return cost
+        if job.rule in ("train", "generate") and job.run is not None:
+            facts = read_progress(self.results / "runs" / job.run)
+            if facts and facts["stage"] == job.rule and facts["time"] >= self.begun:
+                left = (facts["steps"] - facts["step"]) * facts["seconds"] / max(facts["step"], 1)
+                return max(left - (now - facts["time"]), 0.0)
+        return max(cost - (now - job.started), 0.05 * cost)
+
+    def left(self, now: float) -> tuple[dict[str, float], float, float]:
+        """Seconds left per group and for the whole, and the share that is done (0 to 1)."""
+        costs = self._costs()
+        groups: dict[str, float] = defaultdict(float)
+        done = work = longest = 0.0
+        for job in self.jobs:
+            group = GROUPS.get(job.rule, job.rule)
+            cost = costs[job.rule, job.kind]
+            remaining = self._remaining(job, cost, now)
+            if job.finished is not None:
+                cost = max(job.finished - job.started, 0.0) + OVERHEAD
+            done += max(cost - remaining, 0.0)
+            work += max(cost, remaining)
+            longest = max(longest, remaining)
+            groups[group] += remaining / (1 if group in SERIAL else max(self.slots, 1))
+        whole = sum(groups.values())
+        return dict(groups), max(whole, longest), done / work if work else 1.0
+
+    def line(self, now: float) -> str:
+        """Where the study stands, for people."""
+        groups, whole, share = self.left(now)
+        finished: dict[str, int] = defaultdict(int)
+        for job in self.jobs:
+            finished[GROUPS.get(job.rule, job.rule)] += job.finished is not None
+        parts = []
+        for group in dict.fromkeys(GROUPS.values()):
+            if not self.totals[group]:
+                continue
+            count = self.before[group] + finished[group]
+            part = f"{group} {count}/{self.totals[group]}"
+            if count < self.totals[group]:
+                part += f" ({duration(groups.get(group, 0.0))} left)"
+            parts.append(part)
+        text = f"{' · '.join(parts)} | {100 * share:.0f} % | {duration(now - self.begun)} elapsed"
+        return text + (f", about {duration(whole)} left" if whole else "")
+
+    def counts(self) -> tuple[int, ...]:
+        """Changes whenever a job starts or ends."""
+        return tuple(
+            sum(1 for job in self.jobs if at(job) is not None)
+            for at in (lambda job: job.started, lambda job: job.finished)
+        )
+
+
+def read_progress(run_folder: Path) -> dict[str, Any] | None:
+    """``state/progress.json`` of a run, or ``None`` where there is none to be read."""
+    try:
+        facts = read_json(run_folder / "state" / "progress.json")
+    except (UserError, OSError):
+        return None
+    wanted = ("stage", "step", "steps", "seconds", "time")
+    return facts if isinstance(facts, dict) and all(key in facts for key in wanted) else None
+
+
+class _Watcher(threading.Thread):
+    """Writes a line when something has changed, and now and then when nothing has."""
+
+    def __init__(self, progress: Progress, stream: TextIO) -> None:
+        super().__init__(name="study-progress", daemon=True)
+        self.progress, self.stream = progress, stream
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        said, last = 0.0, self.progress.counts()
+        while not self.ended.wait(1.0 if len(self.progress.jobs) < 1000 else 5.0):
+            now = time.time()
+            self.progress.look(now)
+            counts = self.progress.counts()
+            # Long studies get few lines: every ten seconds at first, every five minutes at last.
+            quiet = min(max(10.0, (now - self.progress.begun) / 30), 300.0)
+            if now - said >= (quiet if counts != last else 3 * quiet):
+                said, last = now, counts
+                self.say(now)
+
+    def say(self, now: float) -> None:
+        # One write, so that the line cannot land inside one of Snakemake's.
+        self.stream.write(f"study: {self.progress.line(now)}\n")
+        self.stream.flush()
+
+
+_watchers: list[_Watcher] = []
+
+
+def start(
+    results: str | Path,
+    jobs: Iterable[Job],
+    totals: Mapping[str, int],
+    slots: int,
+    stop_file: str | Path = STOP_FILE,
+) -> None:
+    """Withdraw an old request to stop, and report on ``jobs`` until ``stop``."""
+    Path(stop_file).unlink(missing_ok=True)
+    watcher = _Watcher(Progress(results, jobs, totals, slots, time.time()), sys.stderr)
+    _watchers.append(watcher)
+    watcher.start()
+
+
+def stop() -> None:
+    """Say once more where things stand, and no more."""
+    while _watchers:
+        watcher = _watchers.pop()
+        watcher.ended.set()
+        watcher.join(10)
+        watcher.progress.look(time.time())
+        watcher.say(time.time())
+
+
+def request_stop(stop_file: str | Path = STOP_FILE) -> None:
+    """Ask all trainings of this folder to write a checkpoint and leave."""
+    write_text(stop_file, "trainings that see this file write a checkpoint and leave\n")
+    print("Trainings will write a checkpoint and leave; the same command goes on from there.")
+
+
+def remember(path: str | Path, content: Any) -> None:
+    """Write a JSON file unless it says the same already."""
+    try:
+        if read_json(path) == content:
+            return
+    except UserError:
+        pass
+    write_json(path, content)
+
+
+def explain_failure(results: str | Path, stop_file: str | Path, logs: Iterable[str] = ()) -> None:
+    """What went wrong, for people: whether a stop was asked for, else where to read on."""
+    if Path(stop_file).exists():
+        print("study: stopped as asked; the same command goes on from there", file=sys.stderr)
+        return
+    logs = list(logs)
+    for log in logs[:10]:
+        print(f"study: failed, see {log}", file=sys.stderr)
+        for line in _last_lines(log):
+            print(f"study:   {line}", file=sys.stderr)
+    if len(logs) > 10:
+        print(f"study: and {len(logs) - 10} more under {results}/", file=sys.stderr)
+    print("study: what is finished stays; the same command goes on from there", file=sys.stderr)
+
+
+def _last_lines(path: str | Path, count: int = 3) -> list[str]:
+    try:
+        text = Path(path).read_text(errors="replace")
+    except OSError:
+        return []
+    return [line[-300:] for line in text.splitlines() if line.strip()][-count:]

@@ -1,0 +1,168 @@
+"""How far every run of a study is, told from its files; works beside a running workflow."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study import digest
+from study.arms import Run, canonical
+from study.arms import runs as resolve
+from study.config import Study, load
+from study.files import UserError, read_json
+from study.progress import duration, read_progress
+
+STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
+"""States of a run.
+
+done: trained, sampled and measured; diverged: the same for a run whose training diverged;
+waiting: trained, but samples or metrics are not there yet; running: a job wrote its progress
+within the last minute; stopped: a checkpoint is there and nobody works on it; stale: made by other
+settings or code than today's; missing: nothing is there.
+"""
+
+ALIVE = 60.0
+"""Seconds after which a run that writes no progress counts as stopped."""
+
+COLOURS = {
+    "done": "green",
+    "running": "cyan",
+    "diverged": "magenta",
+    "waiting": "blue",
+    "stopped": "yellow",
+    "stale": "yellow",
+    "missing": "dim",
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Where one run stands. ``left`` is in seconds; ``note`` says more, for people."""
+
+    run: Run
+    state: str
+    stage: str = ""
+    step: int | None = None
+    steps: int | None = None
+    left: float | None = None
+    note: str = ""
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = read_json(path)
+    except UserError:
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def outdated(run: Run, status: Mapping[str, Any]) -> str:
+    """Why a finished training is not what would be trained today; empty if it is."""
+    try:
+        same = canonical(status["spec"]) == canonical(run.spec)
+    except (KeyError, UserError):  # a spec of another version
+        same = False
+    if not same:
+        return "made with other settings"
+    code = status.get("code")
+    if code is not None and code != digest.training(run.spec):
+        return "the training code has changed"
+    return ""
+
+
+def state_of(run: Run, folder: Path, now: float | None = None) -> State:
+    """Where the run in ``folder`` stands."""
+    now = time.time() if now is None else now
+    progress = read_progress(folder)
+    if progress is not None:
+        step, steps = progress["step"], progress["steps"]
+        if step < steps and now - progress["time"] < ALIVE:
+            left = (steps - step) * progress["seconds"] / max(step, 1)
+            return State(run, "running", progress["stage"], step, steps, left)
+    status = _json(folder / "train" / "status.json")
+    if status is None:
+        if progress is not None and progress["stage"] == "train":
+            step, steps = progress["step"], progress["steps"]
+            return State(run, "stopped", "train", step, steps, note="the same command resumes")
+        return State(run, "missing")
+    step, steps = status.get("step"), status.get("steps")
+    why = outdated(run, status)
+    if why:
+        return State(run, "stale", "train", step, steps, note=why)
+    diverged = status.get("status") == "diverged"
+    reason = f"{status.get('reason')} at step {step}" if diverged else ""
+    for stage, name in (("generate", "generate.json"), ("evaluate", "fidelity.json")):
+        if not (folder / stage / name).exists():
+            return State(run, "waiting", stage, step, steps, note=reason)
+    return State(run, "diverged" if diverged else "done", "", step, steps, note=reason)
+
+
+def states(study: Study, results: Path = Path("results")) -> Iterator[State]:
+    """Where every run of a study stands, in the study's order."""
+    for run in resolve(study).values():
+        yield state_of(run, results / study.study / "runs" / run.name)
+
+
+def _table(study: Study, found: list[State]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("arm", "seed", "state", "step", "left", ""):
+        table.add_column(column, justify="right" if column in ("step", "left") else "left")
+    for one in found:
+        step = "" if one.step is None else f"{one.step}/{one.steps}"
+        state = one.state + (f": {one.stage}" if one.stage and one.state != "stale" else "")
+        table.add_row(
+            Text(one.run.display),
+            one.run.axes["seed"],
+            Text(state, style=COLOURS[one.state]),
+            step,
+            "" if one.left is None else duration(one.left),
+            Text(one.note),
+        )
+    return table
+
+
+def summary(study: Study, found: list[State]) -> str:
+    """One line: how many runs are in which state."""
+    count = Counter(one.state for one in found)
+    parts = [f"{count[state]} {state}" for state in STATES if count[state]]
+    return f"{study.study}: {len(found)} runs: {', '.join(parts)}"
+
+
+def show(
+    config: str | Path = "config.yaml",
+    watch: bool = False,
+    results: str | Path = "results",
+    interval: float = 2.0,
+) -> None:
+    """Print where every run of a study stands; with ``watch`` until it is interrupted."""
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.text import Text
+
+    study, results = load(config), Path(results)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+
+    def picture() -> Group:
+        found = list(states(study, results))
+        if watch:  # a screen shows what moves; the finished and the missing are in the summary
+            moving = [one for one in found if one.state not in ("done", "missing")]
+            return Group(_table(study, moving[: max(console.height - 4, 1)]), summary(study, found))
+        return Group(_table(study, found), Text(summary(study, found)))
+
+    if not watch:
+        console.print(picture())
+        return
+    try:
+        with Live(picture(), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(interval)
+                live.update(picture(), refresh=True)
+    except KeyboardInterrupt:
+        pass

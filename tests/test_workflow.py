@@ -1,0 +1,501 @@
+"""The workflow, run for real once: what it makes, what edits make it do again, how it goes on."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import PARTS, ROOT, SMOKE, Project, copy_project
+
+AFTERWARDS = {"aggregate": 1, "figures": 1, "notebook": 1, "report": 1}
+"""Jobs that follow whenever the study as a whole has changed."""
+
+
+def smoke(change) -> dict:
+    """An edit of the smoke study: ``change`` works on its mapping."""
+
+    def edit(text: str) -> str:
+        study = yaml.safe_load(text)
+        change(study)
+        return yaml.safe_dump(study, sort_keys=False)
+
+    return {"path": SMOKE, "change": edit}
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def number_of_runs(project: Project) -> int:
+    return len(list((project.results / "runs").iterdir()))
+
+
+# --- what it makes ---------------------------------------------------------------------------
+
+
+def test_study_is_whole_and_nothing_is_left_to_do(finished):
+    assert (finished.reports / "index.html").stat().st_size > 10_000
+    manifest = json.loads((finished.results / "study.json").read_text())
+    assert {row["run"] for row in manifest["runs"]} == {
+        folder.name for folder in (finished.results / "runs").iterdir()
+    }
+    assert finished.todo() == {}
+
+
+def test_diverged_arm_is_a_result_like_any_other(finished):
+    runs = {row["run"]: row for row in rows(finished.results / "tables" / "runs.csv")}
+    diverged = [row for row in runs.values() if row["status"] == "diverged"]
+    assert len(runs) == number_of_runs(finished)
+    assert [row["display"] for row in diverged] == ["too large a step"]
+    measured = rows(finished.results / "tables" / "metrics.csv")
+    by_run = {name: [row for row in measured if row["run"] == name] for name in runs}
+    assert all(by_run.values()), "a run has no rows among the metrics"
+    for name, own in by_run.items():
+        empty = [row["value"] in ("", "nan") for row in own]
+        assert all(empty) if name == diverged[0]["run"] else not any(empty)
+    page = (finished.reports / "index.html").read_text()
+    assert "too large a step" in page
+    assert "diverged" in page
+
+
+def test_every_result_says_where_it_came_from(finished):
+    for folder in (finished.results / "runs").iterdir():
+        status = json.loads((folder / "train" / "status.json").read_text())
+        assert status["run"] == folder.name
+        assert status["code"]
+        for name in ("train/status.json", "generate/generate.json", "evaluate/fidelity.json"):
+            origin = json.loads((folder / name).read_text())["provenance"]
+            assert {"git", "python", "packages", "device"} <= set(origin), name
+
+
+def test_progress_says_counts_times_and_the_report(finished):
+    said = (finished.folder / "said").read_text()
+    lines = re.findall(r"^study: (data .*)$", said, re.MULTILINE)
+    assert len(lines) >= 2
+    assert re.search(r"train \d+/\d+ \(\d+:\d\d left\) .* \| \d+ % \| .* elapsed, about ", lines[0])
+    total = number_of_runs(finished)
+    assert (
+        f"train {total}/{total} · generate {total}/{total} · evaluate {total}/{total}" in lines[-1]
+    )
+    assert "100 %" in lines[-1]
+    assert re.search(r"^Report: reports/smoke/index\.html$", said, re.MULTILINE)
+
+
+def test_snakemakes_own_report_has_captions(finished):
+    made = finished.snakemake("--report", "report.zip")
+    assert made.returncode == 0, made.stderr
+    assert (finished.folder / "report.zip").stat().st_size < 20e6
+
+
+# --- what an edit makes it do again ------------------------------------------------------------
+
+
+def test_added_arm_runs_alone(finished):
+    arm = {"name": "new", "backbone": "uvit", "skip_scaling": "cs(0.6)"}
+    with finished.edited(**smoke(lambda study: study["arms"].append(arm))):
+        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+
+
+def test_added_seed_keeps_the_first(finished):
+    with finished.edited(**smoke(lambda study: study.update(seed=[0, 1]))):
+        total = number_of_runs(finished)
+        assert finished.todo()["train"] == total
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda study: study["arms"].reverse(), id="reordered"),
+        pytest.param(lambda study: study["arms"][1].update(name="another name"), id="renamed"),
+        pytest.param(lambda study: study["arms"].pop(), id="removed"),
+        pytest.param(lambda study: study.update(title="Another title"), id="title"),
+    ],
+)
+def test_what_only_the_tables_show_trains_nothing(finished, change):
+    with finished.edited(**smoke(change)):
+        assert finished.todo() == AFTERWARDS
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda study: study.update(machine={"save_every": 5.0}), id="speed"),
+        pytest.param(lambda study: study["generation"].update(batch=64), id="batch"),
+        pytest.param(lambda study: study["training"].update(weight_decay=0), id="default"),
+    ],
+)
+def test_what_changes_no_result_makes_nothing_again(finished, change):
+    with finished.edited(**smoke(change)):
+        again = finished.todo()
+    assert not {"convert", "reference", "train", "generate", "evaluate"} & set(again)
+
+
+def test_changed_setting_of_an_arm_runs_that_arm(finished):
+    def change(study):
+        study["arms"][1].setdefault("training", {})["lr"] = 1.5e-3
+
+    with finished.edited(**smoke(change)):
+        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+
+
+def test_changed_protocol_generates_again_and_trains_nothing(finished):
+    with finished.edited(**smoke(lambda study: study["generation"].update(seed=7))):
+        total = number_of_runs(finished)
+        assert finished.todo() == {"generate": total, "evaluate": total, **AFTERWARDS}
+
+
+def append(text: str):
+    return lambda before: before + text
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("study/training/loop.py", append("\n\n# A remark about the loop.\n")),
+        ("study/training/loop.py", lambda text: text.replace('"""', '"""Again: ', 1)),
+        ("study/skips.py", lambda text: "# A remark.\n" + text),
+        ("workflow/report/figure.rst", append("\nMore words.\n")),
+        ("envs/compute.yaml", append("# a remark\n")),
+        ("workflow/rules/train.smk", lambda text: text.replace(" --out ", "  --out ")),
+        ("study/cli.py", append("\n\nUNUSED = 1\n")),
+    ],
+)
+def test_remarks_captions_and_layout_make_nothing_again(finished, path, change):
+    with finished.edited(path, change):
+        assert finished.todo() == {}
+
+
+CODE = append("\n\nADDED = 1\n")
+
+
+def test_plot_function_draws_again(finished):
+    with finished.edited("study/analysis/figures.py", CODE):
+        again = finished.todo()
+    assert set(again) <= set(AFTERWARDS) - {"aggregate"}
+    assert {"figures", "report"} <= set(again)
+
+
+def test_evaluation_code_measures_again(finished):
+    with finished.edited("study/fidelity/evaluate.py", CODE):
+        again = finished.todo()
+    assert again["evaluate"] == number_of_runs(finished)
+    assert not {"convert", "train", "generate"} & set(again)
+
+
+def test_trainer_code_trains_again(finished):
+    with finished.edited("study/training/loop.py", CODE):
+        again = finished.todo()
+    assert again["train"] == number_of_runs(finished)
+    assert "convert" not in again
+
+
+def test_backbone_code_trains_its_own_runs_again(finished):
+    with finished.edited("study/backbones/udit.py", CODE):
+        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+
+
+def test_sampler_code_generates_again(finished):
+    with finished.edited("study/diffusion/samplers/edm.py", CODE):
+        again = finished.todo()
+    assert again["generate"] == number_of_runs(finished)
+    assert "train" not in again
+
+
+def test_edited_notebook_runs_again_alone(finished):
+    def change(text):
+        notebook = json.loads(text)
+        notebook["cells"].append(
+            {"cell_type": "markdown", "id": "remark", "metadata": {}, "source": ["A remark."]}
+        )
+        return json.dumps(notebook)
+
+    with finished.edited("notebooks/overview.ipynb", change):
+        assert set(finished.todo()) == {"notebook", "report"}
+
+
+def test_large_files_may_go_but_a_missing_result_is_made_again(finished):
+    folder = next(path for path in (finished.results / "runs").glob("uvit-none-*"))
+    aside = finished.folder / "aside"
+    aside.mkdir()
+    weights, metrics = folder / "train/raw.safetensors", folder / "evaluate/fidelity.json"
+    try:
+        weights.rename(aside / weights.name)
+        assert finished.todo() == {}
+        metrics.rename(aside / metrics.name)
+        assert finished.todo()["evaluate"] == 1
+    finally:
+        for path in (weights, metrics):
+            if (aside / path.name).exists():
+                (aside / path.name).rename(path)
+
+
+def test_a_report_in_the_repository_does_not_pass_for_a_result(project):
+    page = project.reports / "index.html"
+    page.parent.mkdir(parents=True)
+    page.write_text("<html></html>")
+    assert project.todo()["train"] > 1
+
+
+# --- how it goes on --------------------------------------------------------------------------
+
+
+def two_arms(project: Project, **training) -> None:
+    """Cut the study down to two arms of the smoke study, with a checkpoint after every step."""
+    path = project.folder / project.config
+    study = yaml.safe_load(path.read_text())
+    study["grid"] |= {"backbone": ["uvit"]}
+    study["training"] |= training
+    study |= {"arms": [], "machine": {"save_every": 1e-3}}
+    path.write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def start(project: Project, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        project.command("--cores", "2", "--quiet", "rules", *flags),
+        cwd=project.folder,
+        stdout=subprocess.DEVNULL,
+        stderr=(project.folder / "stderr").open("w"),
+        start_new_session=True,
+    )
+
+
+def wait_for(condition, seconds: float = 120.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_killed_study_goes_on_to_the_same_bytes(project, finished):
+    two_arms(project)
+    moments = [
+        ("results/datasets/*.zip", os.killpg),
+        ("results/smoke/runs/*/state/checkpoint.pt", os.killpg),
+        ("results/smoke/runs/*/logs/generate.log", os.kill),  # its jobs live on
+    ]
+    for pattern, kill in moments:
+        process = start(project)
+        wait_for(lambda pattern=pattern: list(project.folder.glob(pattern)))
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+    done = project.snakemake("--cores", "2", "--quiet", "rules")
+    assert done.returncode == 0, done.stderr
+    folders = sorted((project.results / "runs").iterdir())
+    assert len(folders) == 2
+    for folder in folders:
+        other = finished.results / "runs" / folder.name
+        for name in ("weights.safetensors", "raw.safetensors"):
+            assert (folder / "train" / name).read_bytes() == (other / "train" / name).read_bytes()
+        mine, theirs = (path / "generate/samples.npz" for path in (folder, other))
+        assert mine.read_bytes() == theirs.read_bytes()
+        mine, theirs = (
+            json.loads((path / "evaluate/fidelity.json").read_text())["metrics"]
+            for path in (folder, other)
+        )
+        assert mine == theirs
+
+
+def test_stop_leaves_a_checkpoint_and_one_clear_line(project):
+    two_arms(project, steps=1_000_000)
+    process = start(project)
+    wait_for(lambda: list(project.folder.glob("results/smoke/runs/*/state/checkpoint.pt")))
+    running = project.study("status", "--config", project.config).stdout
+    assert "running" in running
+    assert project.study("stop").returncode == 0
+    assert process.wait(120) != 0
+    said = (project.folder / "stderr").read_text()
+    assert "study: stopped as asked; the same command goes on from there" in said
+    # Nothing runs any more, and the next start withdraws the request.
+    process = start(project)
+    wait_for(lambda: not (project.folder / "results/.stop").exists())
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+STUB = """
+import sys, time
+from pathlib import Path
+
+arguments = iter(sys.argv[2:])
+options = {}
+for name in arguments:
+    name, equals, value = name.partition("=")
+    options[name] = value if equals else next(arguments)
+out = Path(options["--out"])
+if sys.argv[1] == "train":
+    with open("log", "a") as file:
+        file.write(f"+ {options['--gpus']}\\n")
+    time.sleep(0.4)
+    out.mkdir(parents=True, exist_ok=True)
+    names = "weights.safetensors raw.safetensors dynamics.parquet timing.parquet status.json"
+    for name in names.split():
+        (out / name).write_text("x")
+    with open("log", "a") as file:
+        file.write("-\\n")
+else:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("x")
+"""
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "expected"),
+    [
+        ({"gpus": 1}, (), 1),
+        ({"gpus": 1, "jobs_per_gpu": 2}, (), 2),
+        ({"gpus": 1}, ("--resources", "gpu=3"), 3),
+        ({"gpus": 0}, (), 4),
+    ],
+)
+def test_no_more_gpu_jobs_at_a_time_than_slots(project, machine, flags, expected):
+    """Pins what the Snakefile uses of Snakemake's inner workings, by real overlap."""
+    (project.folder / "study" / "__main__.py").write_text(STUB)
+    path = project.folder / project.config
+    study = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(study | {"machine": machine}, sort_keys=False))
+    done = project.snakemake("--cores", "4", "--until", "train", *flags)
+    assert done.returncode == 0, done.stderr
+    now = most = 0
+    for line in (project.folder / "log").read_text().splitlines():
+        now += 1 if line[0] == "+" else -1
+        most = max(most, now)
+    assert most == expected
+
+
+# --- mistakes, and promises -------------------------------------------------------------------
+
+
+def test_mistake_in_the_study_is_one_line(project):
+    with project.edited(SMOKE, lambda text: text.replace("steps: 12", "stepz: 12")):
+        done = project.snakemake("-n")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("study:")]
+    assert "study: training.stepz: unknown key; did you mean 'steps'?" in lines
+    assert "Traceback" not in done.stderr
+    assert "smk" not in done.stderr
+
+
+def test_conda_without_conda_is_one_line(project, tmp_path):
+    done = project.snakemake("-n", "--use-conda", env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if "conda" in line]
+    assert lines == [
+        "study: --use-conda needs a conda executable and none is on PATH; "
+        "install Miniforge, or leave the flag out to use this environment"
+    ]
+    assert "Traceback" not in done.stderr
+
+
+def test_missing_notebook_is_one_line(project):
+    with project.edited(SMOKE, lambda text: text.replace("[overview]", "[overveiw]")):
+        done = project.snakemake("-n")
+    assert done.returncode != 0
+    assert "study: notebooks: there is no notebooks/overveiw.ipynb; allowed:" in done.stderr
+
+
+def test_two_meanings_of_one_data_set_are_one_line(finished):
+    other = finished.folder / "workflow/studies/other.yaml"
+    study = yaml.safe_load((finished.folder / SMOKE).read_text())
+    study |= {"study": "other", "dataset": {**study["dataset"], "max_images": 100}}
+    other.write_text(yaml.safe_dump(study))
+    try:
+        done = Project(finished.folder, "workflow/studies/other.yaml").snakemake("-n")
+    finally:
+        other.unlink()
+    assert done.returncode != 0
+    assert re.search(r"^study: dataset\.name: 'digits' is .*max_images", done.stderr, re.MULTILINE)
+
+
+def test_thousand_arms_stay_light(project):
+    def change(study):
+        backbones = ["uvit", "udit", "patch_unet", "ddpmpp", "ncsnpp"]
+        kappas = [f"cs({0.5 + k / 1000:.3f})" for k in range(100)]
+        study["grid"] |= {"backbone": backbones, "skip_scaling": kappas, "target": ["dsm", "stf"]}
+        study["training"]["batch"] = 32
+
+    with project.edited(**smoke(change)):
+        begun = time.monotonic()
+        assert project.todo()["train"] >= 1000
+        assert time.monotonic() - begun < 60  # 6 s on a quiet machine
+        begun = time.monotonic()
+        planned = project.study("plan", "--config", SMOKE)
+        assert time.monotonic() - begun < 30  # 2 s on a quiet machine
+        assert planned.returncode == 0, planned.stderr
+        assert re.search(r"smoke: 100\d runs", planned.stdout)
+
+
+HEAVY = {"torch", "pandas", "matplotlib", "sklearn", "accelerate", "torchvision"}
+
+
+def test_snakefile_and_plan_import_nothing_heavy(project):
+    for command in (
+        ["-m", "snakemake", "-n", "--configfile", SMOKE, "--replace-workflow-config"],
+        ["-m", "study", "status", "--config", SMOKE],
+        ["-m", "study", "runs", "--config", SMOKE],
+    ):
+        done = project.python("-X", "importtime", *command)
+        assert done.returncode == 0, done.stderr[-2000:]
+        imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+        assert "study.config" in imported
+        assert not HEAVY & imported
+
+
+def test_nothing_in_the_package_knows_snakemake():
+    for path in (ROOT / "study").rglob("*.py"):
+        assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.MULTILINE), path
+
+
+def test_lint_finds_nothing(project):
+    done = project.snakemake("--lint")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rules_are_formatted():
+    pytest.importorskip("snakefmt")
+    done = subprocess.run(
+        [sys.executable, "-m", "snakefmt", "--check", "Snakefile", "workflow"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_environments_pin_what_the_lock_pins():
+    lock = dict(
+        line.split("==")
+        for line in (ROOT / "requirements.lock").read_text().splitlines()
+        if not line.startswith("#")
+    )
+    for path in (ROOT / "envs").glob("*.yaml"):
+        *_, pip = yaml.safe_load(path.read_text())["dependencies"]
+        for line in pip["pip"]:
+            name, version = line.partition(";")[0].split("==")
+            assert lock[name] == version, f"{path.name}: {line}"
+
+
+def test_profiles_are_profiles():
+    allowed = set(
+        subprocess.run(
+            [sys.executable, "-m", "snakemake", "--help"], capture_output=True, text=True
+        )
+        .stdout.replace("--", " ")
+        .replace(",", " ")
+        .split()
+    )
+    for path in (ROOT / "workflow/profiles").glob("*/profile.yaml"):
+        for key in yaml.safe_load(path.read_text()):
+            assert key in allowed or key.startswith(("slurm", "kubernetes")), f"{path}: {key}"
+
+
+def test_copy_of_the_project_lacks_nothing(tmp_path):
+    copy_project(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(PARTS)

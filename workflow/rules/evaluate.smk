@@ -1,0 +1,25 @@
+# From samples to metrics, against the data set's reference.
+
+
+rule evaluate:
+    input:
+        samples=f"{RUN}/generate/samples.npz",
+        facts=f"{RUN}/generate/generate.json",
+        reference=f"{REFERENCE}/reference.json",
+        features=f"{REFERENCE}/features.safetensors",
+        weights=EXTRACTOR_WEIGHTS,
+    output:
+        metrics=f"{RUN}/evaluate/fidelity.json",
+    log:
+        f"{RUN}/logs/evaluate.log",
+    conda:
+        "../../envs/compute.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=min(1, GPUS),
+    params:
+        reference=subpath(input.reference, parent=True),
+        protocol=EVALUATION,
+        code=digest.stage("evaluate"),
+    shell:
+        "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --weights={input.weights:q} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

@@ -1,0 +1,34 @@
+# From a run's weights to its samples.
+
+
+rule generate:
+    input:
+        status=f"{RUN}/train/status.json",
+        weights=f"{RUN}/train/weights.safetensors",
+        raw=f"{RUN}/train/raw.safetensors",
+        data=ARCHIVE,
+    output:
+        samples=f"{RUN}/generate/samples.npz",
+        facts=f"{RUN}/generate/generate.json",
+        grid=report(
+            f"{RUN}/generate/grid.png",
+            caption="../report/grid.rst",
+            category="Samples",
+            labels=labels,
+        ),
+    log:
+        f"{RUN}/logs/generate.log",
+    conda:
+        "../../envs/compute.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=min(1, GPUS),
+        batch=STUDY.generation.batch,
+        decoder=STUDY.generation.decoder.weights if STUDY.generation.decoder else "",
+    params:
+        run=subpath(input.status, ancestor=2),
+        out=subpath(output.samples, parent=True),
+        protocol=GENERATION,
+        code=generation_code,
+    shell:
+        "python -m study generate --run-dir {params.run} --protocol {params.protocol:q} --batch {resources.batch} --decoder={resources.decoder:q} --data {input.data} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
