@@ -1,0 +1,439 @@
+"""Official checkpoints as runs of this project (``study import``, and arms with ``checkpoint``).
+
+A file is read as data (``reading``), recognised by what it holds, and described by the module of
+its network (``LAYOUTS``); then its weights are written as a finished training, which ``study
+generate`` and ``study evaluate`` take like any other.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from study.arms import complete
+from study.backbones import build, family
+from study.backbones.base import Backbone
+from study.config import Formulation, SkipScaling, check
+from study.data import Archive
+from study.diffusion import formulation
+from study.diffusion.options import OPTIONS
+from study.files import UserError, atomic, canonical_json, plain, sha256, write_json
+from study.importing import patch_unet, songunet, udit, uvit
+from study.importing.reading import Object, read, tensors_of
+from study.importing.settings import Description, Images
+from study.network import AUGMENT_LABELS
+from study.provenance import provenance
+
+LAYOUTS: dict[str, ModuleType] = {
+    "U-ViT": uvit,
+    "U-DiT": udit,
+    "Patch Diffusion": patch_unet,
+    "EDM": songunet,
+}
+"""What a checkpoint can be; each module has ``matches(state)`` and ``describe(...)``."""
+
+
+@dataclass
+class Contents:
+    """A checkpoint: its network's layout, and its weights by the role they have in a run.
+
+    ``names`` says where in the file the weights of a role were; ``facts`` is what else it holds.
+    """
+
+    layout: str
+    weights: dict[str, dict[str, Tensor]]
+    names: dict[str, str]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def _is_state(value: Any) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())
+    )
+
+
+def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys without what parallel training, or EDM's preconditioning, puts in front of them."""
+    for prefix in ("module.", "model."):
+        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        # Of a preconditioning only the network's own weights count.
+        if inside and (len(inside) == len(state) or prefix == "model."):
+            state = inside
+    return dict(state)
+
+
+def _layout(state: Mapping[str, Tensor], path: Path) -> str:
+    for name, module in LAYOUTS.items():
+        if module.matches(state):
+            return name
+    some = ", ".join(list(state)[:3])
+    raise UserError(
+        f"{path}: none of this project's networks has the weights in this file ({some}, ...)"
+    )
+
+
+def open_checkpoint(path: str | Path) -> Contents:
+    """Read a checkpoint and recognise it. Raises ``UserError`` where that is not possible."""
+    path = Path(path)
+    value = read(path)
+    found: dict[str, Any] = {}
+    if isinstance(value, Object):
+        found = {"ema": value}
+    elif _is_state(value):
+        found = {"weights": value}
+    elif isinstance(value, Mapping):
+        keys = ("ema", "net", "model")
+        found = {key: value[key] for key in keys if _is_state(value.get(key))}
+        found |= {key: value[key] for key in keys if isinstance(value.get(key), Object)}
+    if not found:
+        held = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+        what = "the state of an optimiser" if "param_groups" in held else f"no network ({held})"
+        raise UserError(f"{path}: the file holds {what[:200]}; give the file with the weights")
+    facts: dict[str, Any] = {}
+    networks = [item for item in found.values() if isinstance(item, Object)]
+    states = {
+        key: _bare(tensors_of(item) if isinstance(item, Object) else item)
+        for key, item in found.items()
+    }
+    layout = _layout(next(iter(states.values())), path)
+    if networks:
+        if layout != "EDM":
+            raise UserError(f"{path}: an object of EDM's form, but not one of its networks")
+        contents = value if isinstance(value, dict) else {}
+        try:
+            facts = songunet.facts_of(contents, networks[0])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+    if isinstance(value, Mapping) and isinstance(value.get("args"), argparse.Namespace):
+        facts["arguments"] = vars(value["args"])
+    averaged = next(iter(states))
+    raw = next((key for key in ("net", "model") if key in states), averaged)
+    return Contents(
+        layout,
+        {"ema": states[averaged], "raw": states[raw]},
+        {"ema": averaged, "raw": raw},
+        facts,
+    )
+
+
+def _fit(network: Backbone, state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The weights of a network, as it wants them. Raises ``UserError`` where they do not fit."""
+    wanted = network.state_dict()
+    # Sampling never uses augmentation labels, so a run without them loses nothing.
+    spare = {"map_augment.weight"} - wanted.keys()
+    state = {key: value for key, value in state.items() if key not in spare}
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
+    if missing or unknown or wrong:
+        parts = [
+            f"{key} is {list(state[key].shape)}, not {list(wanted[key].shape)}" for key in wrong[:2]
+        ]
+        parts += [f"it lacks {', '.join(missing[:2])}"] if missing else []
+        parts += [f"it has {', '.join(unknown[:2])} too many"] if unknown else []
+        total = len(missing) + len(unknown) + len(wrong)
+        raise UserError(
+            f"{path}: the weights do not fit the network of these settings in {total} places: "
+            f"{'; '.join(parts)}"
+        )
+    # Copies, because tensors in a file may share their storage.
+    return {
+        key: state[key].to(value.dtype, copy=True).contiguous() for key, value in wanted.items()
+    }
+
+
+def _network(spec: dict[str, Any], images: Images) -> Backbone:
+    """The network that ``study generate`` will build, without memory for its weights."""
+    training = spec["training"]
+    outputs = images.channels * formulation(spec["formulation"]).output_multiplier
+    with torch.device("meta"):
+        return build(
+            spec["backbone"],
+            spec["skip_scaling"],
+            resolution=images.resolution,
+            channels=images.channels,
+            out_channels=outputs,
+            num_classes=images.num_classes if training["conditional"] else 0,
+            augment_dim=AUGMENT_LABELS if training["augment"] else 0,
+        )
+
+
+def _images(data: str | Path) -> tuple[Archive, Images]:
+    archive = Archive(data)
+    return archive, Images(archive.resolution, archive.channels, archive.num_classes)
+
+
+def _save(path: Path, weights: dict[str, Tensor]) -> None:
+    with atomic(path) as temporary:
+        save_file(weights, temporary)
+
+
+def _save_empty_log(path: Path) -> None:
+    """A log of training without rows, in the form of the trainer's."""
+    # Not the trainer's own class: that would make every change of the trainer import anew.
+    types = {"step": "int64", "quantity": "string", "where": "string", "value": "double"}
+    columns = {name: pyarrow.array([], kind) for name, kind in types.items()}
+    with atomic(path) as temporary:
+        pyarrow.parquet.write_table(pyarrow.table(columns), temporary, compression="zstd")
+
+
+def _write(
+    out: Path,
+    path: Path,
+    contents: Contents,
+    spec: dict[str, Any],
+    images: Images,
+    facts: dict[str, Any],
+    code: str | None,
+    data_sha256: str | None,
+) -> dict[str, Any]:
+    """A finished training in ``out``, whose weights are the file's; ``status.json`` comes last."""
+    network = _network(spec, images)
+    out.mkdir(parents=True, exist_ok=True)
+    for role, name in (("ema", "weights.safetensors"), ("raw", "raw.safetensors")):
+        _save(out / name, _fit(network, contents.weights[role], path))
+    for name in ("dynamics.parquet", "timing.parquet"):
+        _save_empty_log(out / name)
+    status = {
+        "status": "done",
+        "step": 0,
+        "steps": 0,
+        "reason": None,
+        "last_finite": {},
+        "run": out.parent.name,
+        "spec": spec,
+        "code": code,
+        "data_sha256": data_sha256,
+        "seeds": spec["seeds"],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "skips": len(network.long_skips),
+        "skip_factors": network.long_skips.factors,
+        "images_seen": 0,
+        "train_seconds": None,
+        "images_per_second": None,
+        "peak_memory_mib": None,
+        "final_loss": None,
+        "processes": 1,
+        "imported": {
+            "file": path.name,
+            "bytes": path.stat().st_size,
+            "layout": contents.layout,
+            "weights": contents.names,
+            **facts,
+        },
+        "provenance": provenance("cpu"),
+    }
+    write_json(out / "status.json", status)
+    return status
+
+
+def import_run(
+    spec: dict[str, Any],
+    path: str | Path,
+    data: str | Path,
+    out: str | Path,
+    code: str | None = None,
+) -> dict[str, Any]:
+    """Make the ``train/`` folder ``out`` of a run whose spec names a checkpoint.
+
+    ``spec`` describes the network in full; ``path`` is where the checkpoint lies. Raises
+    ``UserError`` where its hash is not the one that the spec names, or its weights do not fit.
+    """
+    path, out = Path(path), Path(out)
+    contents = open_checkpoint(path)
+    identity = sha256(path)
+    wanted = spec["checkpoint"].get("sha256")
+    if wanted is not None and identity != wanted:
+        raise UserError(
+            f"checkpoint.sha256: {path} has the hash {identity}, not {wanted}; it is another file"
+        )
+    archive, images = _images(data)
+    _check_recorded(contents, spec, path)
+    status = _write(out, path, contents, spec, images, {"sha256": identity}, code, archive.sha256)
+    print(f"imported {path.name} ({contents.layout}): {status['parameters']:,} parameters")
+    return status
+
+
+def _describe(
+    contents: Contents, given: dict[str, Any], images: Images | None, path: Path
+) -> Description:
+    """What the network in a file is; shapes that no network has are a mistake of the file."""
+    module = LAYOUTS[contents.layout]
+    try:
+        return module.describe(contents.weights["ema"], given, images, contents.facts)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: the weights are not those of a whole {contents.layout} network ({error!r})"
+        ) from None
+
+
+def _check_recorded(contents: Contents, spec: dict[str, Any], path: Path) -> None:
+    """Raise ``UserError`` where a spec contradicts what the file says of its own network."""
+    if "preconditioning" not in contents.facts:
+        return
+    made = _describe(contents, {}, None, path)
+    told = spec["backbone"]["options"] | spec["formulation"]
+    # Of the formulation only what sampling depends on: P_mean and P_std are the training's.
+    recorded = plain(made.options | made.formulation)
+    for key in [*made.options, "kind", *songunet.attributes(contents.facts)]:
+        if told.get(key, ...) != recorded.get(key, told.get(key, ...)):
+            raise UserError(
+                f"{path}: the file's network has {key} {recorded[key]!r}, not {told.get(key)!r}"
+            )
+
+
+def _sections(
+    made: Description,
+    scaling: str | None,
+    process: str | dict[str, Any] | None,
+    recorded: bool,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Skip scaling and formulation: what the user says, or else the file's or published ones."""
+    chosen = made.scaling
+    if scaling is not None:
+        chosen = check(SkipScaling, scaling, "--skip-scaling: ").model_dump(mode="json")
+        made.assumed.pop("scalelong", None)
+    if process is not None:
+        return chosen, check(Formulation, process, "--formulation: ").resolved()
+    if not recorded:
+        made.assumed["formulation"] = made.formulation
+    return chosen, made.formulation
+
+
+def import_checkpoint(
+    path: str | Path,
+    run_dir: str | Path,
+    *,
+    data: str | Path | None = None,
+    preset: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    scaling: str | None = None,
+    process: str | dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Turn an official checkpoint into the run folder ``run_dir``, and say what it is.
+
+    What the file does not tell comes from ``options`` (names of ``study.backbones.options`` or of
+    the official constructor), from ``preset``, or from the published models; what was assumed is
+    printed. ``scaling`` and ``process`` are the skip scaling and the formulation as a study writes
+    them. ``data`` is the archive that the network is for: it fixes resolution, channels and
+    classes where the file does not, and must agree where it does. Raises ``UserError`` where
+    file, options and data contradict each other.
+    """
+    path, run_dir = Path(path), Path(run_dir)
+    contents = open_checkpoint(path)
+    archive, images = _images(data) if data is not None else (None, None)
+    name = {"U-ViT": "uvit", "U-DiT": "udit", "Patch Diffusion": "patch_unet", "EDM": "ddpmpp"}
+    presets = family(name[contents.layout]).presets or {}
+    if preset is not None and preset not in presets:
+        raise UserError(f"--preset: {preset!r} is unknown; allowed: {', '.join(presets)}")
+    given = {**(presets[preset] if preset else {}), **(options or {})}
+    made = _describe(contents, given, images, path)
+    found = Images(made.resolution, made.channels, made.num_classes)
+    if images is not None:
+        _check_images(found, images, path)
+    recorded = "preconditioning" in contents.facts
+    chosen, process = _sections(made, scaling, process, recorded)
+    model = family(made.family).options
+    prefix = "--options: "
+    section = check(model, made.options, prefix).model_dump(mode="json")
+    identity = sha256(path)
+    spec = complete(
+        {
+            "dataset": {
+                "name": archive.name if archive is not None else "unknown",
+                "source": "archive",
+                "resolution": made.resolution,
+            },
+            "backbone": {"family": made.family, "options": section},
+            "skip_scaling": chosen,
+            "target": {"kind": "dsm"},
+            "formulation": process,
+            "training": {"conditional": made.num_classes > 0, **made.training},
+            "seeds": {"data": 0, "init": 0, "noise": 0},
+            "checkpoint": {"sha256": identity},
+        }
+    )
+    facts = {
+        "sha256": identity,
+        "constructor": plain(made.official),
+        "assumed": plain(made.assumed),
+        **_recorded(contents.facts),
+    }
+    status = _write(
+        run_dir / "train",
+        path,
+        contents,
+        spec,
+        found,
+        facts,
+        None,
+        archive.sha256 if archive is not None else None,
+    )
+    _report(path, run_dir, contents.layout, status, made)
+    return status
+
+
+def _check_images(found: Images, wanted: Images, path: Path) -> None:
+    pairs = [
+        ("resolution", found.resolution, wanted.resolution),
+        ("channels", found.channels, wanted.channels),
+    ]
+    if found.num_classes:
+        pairs.append(("classes", found.num_classes, wanted.num_classes))
+    for what, ours, theirs in pairs:
+        if ours != theirs:
+            raise UserError(
+                f"{path}: the network is for {what} {ours}, but the data set has {theirs}"
+            )
+
+
+def _recorded(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts that JSON can hold."""
+    kept = {key: value for key, value in facts.items() if key != "constructor"}
+    return json.loads(json.dumps(plain(kept), default=str))
+
+
+def arm_of(status: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The arm of a study that imports the same checkpoint as the run of ``status``."""
+    spec = status["spec"]
+    model = family(spec["backbone"]["family"]).options
+    defaults = model().model_dump(mode="json")
+    options = {k: v for k, v in spec["backbone"]["options"].items() if defaults[k] != v}
+    kind = spec["formulation"]["kind"]
+    process = OPTIONS[kind]().model_dump(mode="json")
+    process = {k: v for k, v in spec["formulation"].items() if k == "kind" or process[k] != v}
+    scaling = spec["skip_scaling"]
+    training = spec["training"]
+    named = {key: training[key] for key in ("conditional", "augment") if training[key]}
+    return {
+        "name": Path(path).stem,
+        "backbone": spec["backbone"]["family"],
+        **({"options": options} if options else {}),
+        "skip_scaling": str(SkipScaling(**scaling)),
+        "formulation": process,
+        **({"training": named} if named else {}),
+        "checkpoint": {"path": str(path), "sha256": spec["checkpoint"]["sha256"]},
+    }
+
+
+def _report(
+    path: Path, run_dir: Path, layout: str, status: dict[str, Any], made: Description
+) -> None:
+    print(
+        f"{path.name}: {layout}, {status['parameters']:,} parameters, {status['skips']} long "
+        f"skips, {made.channels}x{made.resolution}x{made.resolution}, "
+        f"{made.num_classes or 'no'} classes -> {run_dir}"
+    )
+    said = ", ".join(f"{key} {canonical_json(plain(v))}" for key, v in made.assumed.items())
+    print(f"Assumed, because the file does not tell: {said or 'nothing'}")
+    print(f"As an arm of a study: {json.dumps(arm_of(status, path))}")
