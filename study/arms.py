@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import BaseModel
@@ -18,6 +19,7 @@ from study.backbones import FAMILIES, family
 from study.config import (
     Arm,
     BackboneEntry,
+    Checkpoint,
     Dataset,
     Formulation,
     Grid,
@@ -27,6 +29,7 @@ from study.config import (
     Training,
     check,
 )
+from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, canonical_json
 
 RUN_PATTERN = r"[A-Za-z0-9._-]+-s\d+-[0-9a-f]{8}"
@@ -36,13 +39,21 @@ NOT_SETTINGS = {"path", "on_error", "note"}
 """Keys of the data set that say where it lies or what to print, not what it is."""
 
 
+UNTRAINED: dict[str, Any] = {"steps": 0, "batch": 1, "lr": 0.0}
+"""Training keys without a default, as a run has them whose weights are imported."""
+
+KEPT = ("conditional", "augment", "precision", "attention")
+"""Training keys that say something of an imported network as well."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One arm with one seed.
 
     ``name`` is the folder; ``arm`` identifies the arm whatever its seed; ``display`` is the arm's
     name for people; ``grid`` says whether the arm comes from a grid; ``axes`` holds short texts
-    for backbone, skip_scaling, target, formulation, training, seed.
+    for backbone, skip_scaling, target, formulation, training, seed. ``checkpoint`` is where the
+    weights lie if they are imported instead of trained.
     """
 
     name: str
@@ -51,6 +62,7 @@ class Run:
     grid: bool
     axes: dict[str, str]
     spec: dict[str, Any]
+    checkpoint: str | None = None
 
     def row(self) -> dict[str, Any]:
         """The run as the manifest lists it."""
@@ -68,6 +80,7 @@ def _differences(value: dict[str, Any], defaults: dict[str, Any]) -> dict[str, A
     return {key: item for key, item in value.items() if defaults.get(key, ...) != item}
 
 
+@cache
 def _defaults(model: type[BaseModel]) -> dict[str, Any]:
     """Default values of a model's fields, in JSON form; required fields have none."""
     full = model.model_construct().model_dump(mode="json", warnings=False)
@@ -103,12 +116,46 @@ def canonical(spec: dict[str, Any]) -> dict[str, Any]:
                 _defaults(OPTIONS[kind]),
             ),
         },
-        "training": _differences(spec["training"], _defaults(Training)),
+        "training": _differences(
+            spec["training"], _defaults(Training) | (UNTRAINED if "checkpoint" in spec else {})
+        ),
         "seeds": spec["seeds"],
     }
+    if "checkpoint" in spec:
+        parts["checkpoint"] = spec["checkpoint"]
     if entry["noise_scale"] == 1.0:
         del parts["backbone"]["noise_scale"]
     return parts
+
+
+def with_defaults(model: type[BaseModel], section: dict[str, Any]) -> dict[str, Any]:
+    """A section in JSON form with the defaults of its model filled in."""
+    return {**_defaults(model), **section}
+
+
+def complete(parts: dict[str, Any]) -> dict[str, Any]:
+    """The resolved spec that ``canonical`` made ``parts`` of; a resolved spec stays as it is.
+
+    So a stage may be given what differs from the defaults, and a spec from before an option
+    existed gets the option's default.
+    """
+    from study.diffusion.options import OPTIONS
+
+    entry = parts["backbone"]
+    model = family(entry["family"]).options
+    options = with_defaults(model, entry["options"]) if model else entry["options"]
+    dataset = with_defaults(Dataset, parts["dataset"])
+    imported = {"checkpoint": parts["checkpoint"]} if "checkpoint" in parts else {}
+    return {
+        "dataset": {key: value for key, value in dataset.items() if key not in NOT_SETTINGS},
+        "backbone": {"noise_scale": 1.0, **entry, "options": options},
+        "skip_scaling": with_defaults(SkipScaling, parts["skip_scaling"]),
+        "target": with_defaults(Target, parts["target"]),
+        "formulation": with_defaults(OPTIONS[parts["formulation"]["kind"]], parts["formulation"]),
+        "training": with_defaults(Training, (UNTRAINED if imported else {}) | parts["training"]),
+        "seeds": parts["seeds"],
+        **imported,
+    }
 
 
 def digest(content: Any) -> str:
@@ -171,6 +218,7 @@ class _Arm:
     formulation: Formulation
     training: dict[str, Any]
     seeds: tuple[Any, ...]
+    checkpoint: Checkpoint | None = None
 
 
 def _arms(study: Study) -> Iterator[_Arm]:
@@ -215,7 +263,9 @@ def _extra_arm(study: Study, arm: Arm, where: str) -> _Arm:
         target=arm.target,
         formulation=arm.formulation or study.formulation,
         training=arm.training,
-        seeds=arm.seed or study.seed,
+        # Weights that are there already are the same for every seed of training.
+        seeds=arm.seed or ((0,) if arm.checkpoint else study.seed),
+        checkpoint=arm.checkpoint,
     )
 
 
@@ -228,6 +278,8 @@ def _short(options: dict[str, Any]) -> str:
 
 def _channels(dataset: dict[str, Any]) -> int | None:
     """Colour channels of the archive where the settings fix them."""
+    if dataset["channels"] is not None:
+        return dataset["channels"]
     if dataset["source"] == "digits" and dataset["color"] != "rgb":
         return 1
     if dataset["source"] in ("latents", "archive") or dataset["color"] == "keep":
@@ -248,7 +300,9 @@ def image_shape(dataset: dict[str, Any]) -> tuple[int | None, int | None]:
 def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
     training, target, dataset = spec["training"], spec["target"], spec["dataset"]
     entry = spec["backbone"]
-    if target["kind"] == "stf" and target["reference"] < training["batch"]:
+    if arm.checkpoint is not None:
+        _check_checkpoint(arm, spec)
+    elif target["kind"] == "stf" and target["reference"] < training["batch"]:
         raise UserError(
             f"{arm.where}: target stf({target['reference']}) has fewer reference images than "
             f"training.batch ({training['batch']}); the batch is part of the reference"
@@ -257,6 +311,14 @@ def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
         raise UserError(f"{arm.where}: training.conditional needs dataset.labels: true")
     if training["label_dropout"] and not training["conditional"]:
         raise UserError(f"{arm.where}: training.label_dropout needs training.conditional: true")
+    if training["label_dropout"] and entry["family"] == "udit":
+        raise UserError(
+            f"{arm.where}: training.label_dropout: U-DiT drops labels itself, with its option "
+            "class_dropout_prob; leave it out"
+        )
+    if training["label_dropout"] and not _has_null_label(entry):
+        raise UserError(f"{arm.where}: training.label_dropout: {_NO_NULL[entry['family']]}")
+    _check_splits(arm, spec)
     if training["augment"] and entry["family"] not in ("ddpmpp", "ncsnpp"):
         raise UserError(
             f"{arm.where}: training.augment needs a network that takes augmentation labels "
@@ -273,10 +335,141 @@ def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
         raise UserError(f"{arm.where}: {entry['family']} with {arm.scaling}: {problem}")
 
 
+_NO_NULL = {
+    "uvit": "the network has no null label; set its option null_label: true",
+    "udit": "the network has no null label; set its option class_dropout_prob above 0",
+    "patch_unet": "the network has no null label; set its option classifier_free: true",
+}
+
+
+def _has_null_label(entry: dict[str, Any]) -> bool:
+    """Whether the network, if it has classes, has a label for no class."""
+    key = {"uvit": "null_label", "udit": "class_dropout_prob", "patch_unet": "classifier_free"}
+    option = key.get(entry["family"])
+    return option is None or bool(entry["options"][option])
+
+
+def models(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the networks of a run are trained, one after another.
+
+    Each has split (its index, ``None`` where one network serves all noise levels), start (the
+    split whose averaged weights it starts from, or ``None``), steps, lr, betas, warmup.
+    """
+    training, formulation = spec["training"], spec["formulation"]
+    own = {key: training[key] for key in ("steps", "lr", "betas", "warmup")}
+    if not formulation.get("splits") or formulation["split"] is not None:
+        return [{"split": formulation.get("split"), "start": None, **own}]
+    listed = training["models"] or [{"split": k} for k in range(len(formulation["splits"]) + 1)]
+    return [
+        {"start": None, **own, **{key: item for key, item in model.items() if item is not None}}
+        for model in listed
+    ]
+
+
+def unsupported(spec: dict[str, Any]) -> str | None:
+    """Why a run of this spec cannot be trained or sampled by the stages as they are, if so."""
+    if spec["backbone"]["options"].get("context_dim") is not None:
+        return (
+            "backbones: context_dim makes a network that is told a text, but data set archives "
+            "hold no texts and no text features; such a study can be planned, not run"
+        )
+    return None
+
+
+def training_steps(spec: dict[str, Any]) -> int:
+    """Optimiser steps of a run, over all of its networks."""
+    return sum(model["steps"] for model in models(spec))
+
+
+def _check_splits(arm: _Arm, spec: dict[str, Any]) -> None:
+    formulation, listed = spec["formulation"], spec["training"]["models"]
+    splits = formulation.get("splits") or []
+    if splits and formulation["split"] is not None:
+        raise UserError(
+            f"{arm.where}: formulation.split: samples need the models of all splits; leave it "
+            "out, and the arm trains one for each"
+        )
+    if listed and not splits:
+        raise UserError(f"{arm.where}: training.models belongs to formulation.splits")
+    if not listed:
+        return
+    order = [model["split"] for model in listed]
+    if sorted(order) != list(range(len(splits) + 1)):
+        raise UserError(
+            f"{arm.where}: training.models: {len(splits)} splits make {len(splits) + 1} models; "
+            f"each of split 0 to {len(splits)} is to be there once, got {order}"
+        )
+    for number, model in enumerate(listed):
+        if model["start"] is not None and model["start"] not in order[:number]:
+            raise UserError(
+                f"{arm.where}: training.models[{number}].start: the model of split "
+                f"{model['start']} does not come earlier in the list"
+            )
+
+
+def _check_checkpoint(arm: _Arm, spec: dict[str, Any]) -> None:
+    if len(arm.seeds) > 1:
+        raise UserError(
+            f"{arm.where}.seed: a checkpoint is one trained network, not {len(arm.seeds)}; "
+            "give it one seed, or none"
+        )
+    if spec["formulation"].get("splits"):
+        raise UserError(
+            f"{arm.where}.checkpoint: a file holds one network, but formulation.splits needs "
+            f"{len(spec['formulation']['splits']) + 1}"
+        )
+
+
+def _check_guidance(study: Study, arm: _Arm, spec: dict[str, Any]) -> None:
+    guidance = study.generation.guidance
+    if guidance is None:
+        return
+    options = guidance_options(guidance.model_dump(mode="json"), spec["formulation"])
+    entry, training = spec["backbone"], spec["training"]
+    where = f"{arm.where}: generation.guidance"
+    if options.evaluations == 1 or entry["options"].get("context_dim") is not None:
+        return
+    if not training["conditional"]:
+        raise UserError(f"{where} needs training.conditional: true")
+    if not _has_null_label(entry):
+        raise UserError(f"{where}: {_NO_NULL[entry['family']]}")
+    if not training["label_dropout"] and entry["family"] != "udit" and arm.checkpoint is None:
+        raise UserError(f"{where}: the null label is never trained; set training.label_dropout")
+
+
+def _check_latents(study: Study) -> None:
+    dataset, decoder, reference = (
+        study.dataset,
+        study.generation.decoder,
+        study.evaluation.reference,
+    )
+    if dataset.source == "latents" and decoder is None:
+        raise UserError(
+            f"generation.decoder: missing; {dataset.name} holds latents, which become images "
+            "only through an autoencoder (weights, scale)"
+        )
+    if dataset.source == "latents" and reference is None:
+        raise UserError(
+            f"evaluation.reference: missing; {dataset.name} holds latents, and samples are "
+            "measured against images: name a data set of images"
+        )
+    if decoder is not None and dataset.source not in ("latents", "archive"):
+        raise UserError(f"generation.decoder: {dataset.name} holds images; leave it out")
+    if reference is None:
+        return
+    if reference.source == "latents":
+        raise UserError("evaluation.reference.source: samples are measured against images")
+    settings = [one.model_dump(exclude=NOT_SETTINGS) for one in (dataset, reference)]
+    if reference.name == dataset.name and settings[0] != settings[1]:
+        raise UserError(
+            f"evaluation.reference.name: {reference.name!r} is the data set of the study, with "
+            "other settings; choose another name"
+        )
+
+
 def _check_protocols(study: Study) -> None:
-    generation, evaluation = study.generation, study.evaluation
-    if generation.guidance is not None and not study.training.conditional:
-        raise UserError("generation.guidance: guidance needs training.conditional: true")
+    evaluation = study.evaluation
+    _check_latents(study)
     if evaluation.extractor == "digits" and not study.dataset.labels:
         raise UserError(
             "evaluation.extractor: digits trains a classifier and needs dataset.labels: true"
@@ -318,6 +511,11 @@ def runs(study: Study) -> dict[str, Run]:
             "training": trainings[key],
         }
         _check_combination(arm, spec)
+        _check_guidance(study, arm, spec)
+        if arm.checkpoint is not None:
+            kept = {key: spec["training"][key] for key in KEPT}
+            spec["training"] = {**_defaults(Training), **UNTRAINED, **kept}
+            spec["checkpoint"] = arm.checkpoint.identity()
         axes = {
             "backbone": arm.backbone + (f"({_short(arm.options)})" if arm.options else ""),
             "skip_scaling": str(arm.scaling),
@@ -334,10 +532,17 @@ def runs(study: Study) -> dict[str, Run]:
             )
             name = f"{slug}-s{seeds['init']}-{digest(parts)}"
             former = result.get(name)
+            path = arm.checkpoint.path if arm.checkpoint else None
+            if former is not None and former.checkpoint != path:
+                raise UserError(
+                    f"{arm.where}.checkpoint: {path} and {former.checkpoint} have the same name "
+                    "and settings; give them names, or their sha256"
+                )
             if former is not None and (arm.name is None or not former.grid):
                 continue
             del parts["seeds"]
             extra = [axes["training"]] if axes["training"] else []
+            extra += [arm.checkpoint.label] if arm.checkpoint else []
             display = arm.name or " · ".join(
                 [axes["backbone"], axes["skip_scaling"], axes["target"], *extra]
             )
@@ -348,6 +553,7 @@ def runs(study: Study) -> dict[str, Run]:
                 grid=former.grid if former else arm.grid,
                 axes={**(former.axes if former else axes), "seed": short},
                 spec=whole,
+                checkpoint=path,
             )
     return result
 

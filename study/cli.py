@@ -26,11 +26,17 @@ app = typer.Typer(
 
 STAGES, STUDIES, CHECKS = "Stages", "The study as a whole", "Checks"
 
-Spec = Annotated[str, typer.Option(help="Resolved spec: JSON, or the path of a JSON file.")]
+Spec = Annotated[
+    str,
+    typer.Option(help="Spec, as JSON or the path of a JSON file; defaults may be left out."),
+]
 Data = Annotated[Path, typer.Option(help="Data set archive (results/datasets/<name>.zip).")]
 Out = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
-Gpus = Annotated[int, typer.Option(min=0, help="GPUs to take from this machine's free ones.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(min=0, help="GPUs to take from this machine's free ones; 0 = CPU.  [default: 1]"),
+]
 Weights = Annotated[
     str | None, typer.Option(help="The extractor's weights; empty = its own download.")
 ]
@@ -53,13 +59,20 @@ def _json(text: str, option: str) -> dict[str, Any]:
     return value
 
 
-def _device(gpus: int) -> Any:
-    """Hold free GPUs of this machine while a stage runs; none for a CPU job."""
-    if not gpus:
-        return nullcontext()
+def _device(gpus: int | None) -> Any:
+    """Hold free GPUs of this machine while a stage runs, and hide all others from it."""
     from study.devices import acquire
 
     return acquire(gpus)
+
+
+def _alone(folder: Path) -> Any:
+    """Keep the same job of a killed workflow, which may live on, out of a run's folder."""
+    if "LOCAL_RANK" in os.environ:  # a process of several, whose parent holds the folder
+        return nullcontext()
+    from study.devices import alone
+
+    return alone(folder)
 
 
 def _set_threads(threads: int | None) -> None:
@@ -105,7 +118,7 @@ def reference(
     out: Out,
     weights: Weights = None,
     threads: Threads = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Compute features and statistics of a data set, once per extractor."""
     _set_threads(threads)
@@ -124,22 +137,35 @@ def train(
     stop_file: Annotated[
         Path | None, typer.Option(help="Leave with a checkpoint when this file appears.")
     ] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="Where the checkpoint lies that the spec names, if it names one.")
+    ] = "",
     machine: Annotated[str, typer.Option(help="Speed-only settings as JSON.")] = "{}",
     code: Annotated[str | None, typer.Option(help="Digest of the training code.")] = None,
     threads: Threads = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
 ) -> None:
-    """Train one run; the same command resumes an interrupted one."""
-    settings = _json(machine, "--machine")
+    """Train one run; the same command resumes an interrupted one.
+
+    The weights of a run whose spec names an official checkpoint are imported instead.
+    """
+    if stop_file is not None and stop_file.exists():
+        raise UserError(f"{stop_file} asks trainings to stop; delete it to go on")
+    described, settings = _json(spec, "--spec"), _json(machine, "--machine")
+    if "checkpoint" in described:
+        with _alone(state):
+            _take_weights(described, checkpoint, data, out, code)
+        return
     processes = settings.get("processes", 1)
     _set_threads(max(1, threads // processes) if threads else None)
-    with _device(gpus):
+    with _alone(state), _device(gpus):
         if processes > 1 and "LOCAL_RANK" not in os.environ:
-            _launch(processes, gpus)
+            _launch(processes, gpus or 0)
+        from study.arms import complete
         from study.training import train as run
 
         run(
-            _json(spec, "--spec"),
+            complete(described),
             data,
             out,
             state,
@@ -148,6 +174,21 @@ def train(
             stop_file=stop_file,
             code=code,
         )
+
+
+def _take_weights(
+    spec: dict[str, Any], checkpoint: str, data: Path, out: Path, code: str | None
+) -> None:
+    """Import the weights of a run instead of training it.
+
+    A function of its own, so that the importing code is no part of the training code.
+    """
+    from study.arms import complete
+    from study.importing import import_run
+
+    if not checkpoint:
+        raise UserError(f"--checkpoint: missing; the spec names {spec['checkpoint']}")
+    import_run(complete(spec), checkpoint, data, out, code=code)
 
 
 def _launch(processes: int, gpus: int) -> None:
@@ -175,15 +216,22 @@ def generate(
     data: Data,
     out: Out,
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
+    decoder: Annotated[
+        str, typer.Option(help="The weights of the decoder of latents, if not in the protocol.")
+    ] = "",
     threads: Threads = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Generate the samples of a trained run."""
     _set_threads(threads)
-    with _device(gpus):
+    with _alone(run_dir / "state"), _device(gpus):
+        from study.arms import with_defaults
+        from study.config import Generation
         from study.generation import generate as run
 
-        settings = _json(protocol, "--protocol")
+        settings = with_defaults(Generation, _json(protocol, "--protocol"))
+        if settings["decoder"] is not None:
+            settings["decoder"] = {"weights": decoder, **settings["decoder"]}
         run(run_dir, settings, data, out, batch=batch, threads=threads)
 
 
@@ -195,7 +243,7 @@ def evaluate(
     out: Out,
     weights: Weights = None,
     threads: Threads = None,
-    gpus: Gpus = 0,
+    gpus: Gpus = None,
 ) -> None:
     """Measure samples against the data set's reference."""
     _set_threads(threads)
@@ -265,14 +313,28 @@ def runs(config: Config = Path("config.yaml")) -> None:
 
 
 @app.command(rich_help_panel=STUDIES)
+def provenance(
+    study: Annotated[str, typer.Argument(help="File or name of a study.")] = "config.yaml",
+) -> None:
+    """Say where every setting of a study comes from, and which sources disagree."""
+    from study.sources import show
+
+    show(study)
+
+
+@app.command(rich_help_panel=STUDIES)
 def plan(
     config: Config = Path("config.yaml"),
     arms: Annotated[bool, typer.Option(help="A row for each arm.")] = True,
+    count: Annotated[
+        bool | None,
+        typer.Option(help="Count parameters and operations.  [default: up to 200 runs]"),
+    ] = None,
 ) -> None:
     """Say what a study will cost before it starts."""
     from study.plan import show
 
-    show(config, arms=arms)
+    show(config, arms=arms, counting=count)
 
 
 @app.command(rich_help_panel=STUDIES)
@@ -292,6 +354,64 @@ def stop() -> None:
     from study.progress import request_stop
 
     request_stop()
+
+
+@app.command("import", rich_help_panel=STAGES)
+def import_(
+    file: Annotated[
+        Path, typer.Argument(help="U-ViT .pth, U-DiT .pt, EDM .pkl or .pt, Patch Diffusion .pt.")
+    ],
+    run_dir: Annotated[Path, typer.Option("--out", "--run-dir", help="Folder of the run to make.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Data set archive that the network is for.")
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Published size, for what the file does not tell.")
+    ] = None,
+    options: Annotated[
+        str, typer.Option(help="The same as JSON: our options, or the official constructor's.")
+    ] = "{}",
+    skip_scaling: Annotated[
+        str | None, typer.Option(help="Constant scalings leave no trace in a file: cs(0.5), ...")
+    ] = None,
+    formulation: Annotated[
+        str | None, typer.Option(help="Kind, or JSON with options.  [default: the published one]")
+    ] = None,
+) -> None:
+    """Turn an official checkpoint into a run, without executing anything in it."""
+    from study.importing import import_checkpoint
+
+    chosen: Any = formulation
+    if formulation is not None and formulation.lstrip().startswith("{"):
+        chosen = _json(formulation, "--formulation")
+    import_checkpoint(
+        file,
+        run_dir,
+        data=data,
+        preset=preset,
+        options=_json(options, "--options"),
+        scaling=skip_scaling,
+        process=chosen,
+    )
+
+
+@app.command(rich_help_panel=CHECKS)
+def parity(
+    folder: Annotated[Path | None, typer.Argument(help="Folder of golden cases.")] = None,
+    kinds: Annotated[bool, typer.Option("--list", help="Name the kinds of cases.")] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write what the cases cover, as a table.")
+    ] = None,
+) -> None:
+    """Compare this package with recorded outputs of the official implementations."""
+    from study.parity import show, show_kinds
+
+    if kinds:
+        show_kinds()
+    if folder is not None and not show(folder, markdown=markdown):
+        raise SystemExit(1)
+    if folder is None and not kinds:
+        raise UserError("parity: give a folder of cases, or --list")
 
 
 @app.command(rich_help_panel=CHECKS)

@@ -17,12 +17,14 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
 from study.backbones import FAMILIES
 from study.diffusion.options import OPTIONS as FORMULATIONS
 from study.diffusion.samplers.options import OPTIONS as SAMPLERS
+from study.diffusion.samplers.options import GuidanceOptions
 from study.files import UserError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
@@ -107,6 +109,12 @@ class Dataset(Model):
         None, description="Colour mode of the archive; null = rgb (digits, archive: keep)."
     )
     labels: bool = Field(True, description="Keep class labels where the source has them.")
+    channels: int | None = Field(
+        None, ge=1, description="Channels that the images must have; null = as they are."
+    )
+    classes: int | None = Field(
+        None, ge=1, description="Classes that the labels must have; null = as the source has."
+    )
     max_images: int | None = Field(
         None, ge=1, description="Take only that many, evenly spaced in the source's order."
     )
@@ -278,6 +286,22 @@ class Ema(Model):
         return self
 
 
+class SplitModel(Model):
+    """One of the models that share the noise levels: its split and what differs in training."""
+
+    split: int = Field(ge=0, description="Its split of the noise levels; 0 has the least noise.")
+    start: int | None = Field(
+        None,
+        ge=0,
+        description="Start from the averaged weights of the model of this split, which must come "
+        "earlier in the list; null = from its own initialisation.",
+    )
+    steps: int | None = Field(None, ge=1, description="null = training.steps.")
+    lr: float | None = Field(None, gt=0, description="null = training.lr.")
+    betas: tuple[float, float] | None = Field(None, description="null = training.betas.")
+    warmup: int | None = Field(None, ge=0, description="null = training.warmup.")
+
+
 class Training(Model):
     """How an arm is trained. Everything here changes numbers and is part of a run's name."""
 
@@ -300,12 +324,60 @@ class Training(Model):
     label_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability of the null label, for guidance."
     )
-    precision: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Mixed precision.")
+    precision: Literal["fp32", "tf32", "fp16", "bf16"] = Field(
+        "fp32",
+        description="fp16, bf16: mixed precision. fp32: single precision throughout. tf32: the "
+        "same with products rounded to TF32 where the GPU can.",
+    )
     attention: Literal["sdpa", "xformers", "math"] = Field("sdpa", description="Kernel.")
     divergence: float | None = Field(
         20.0, gt=1, description="Stop when the smoothed loss exceeds its best by this factor."
     )
     nan_to_num: bool = Field(False, description="Silently repair gradients, as EDM does.")
+    models: tuple[SplitModel, ...] = Field(
+        (),
+        description="With formulation.splits: the models of an arm in the order in which they are "
+        "trained, one after another; empty = all with the same settings.",
+    )
+
+
+class Guidance(GuidanceOptions):
+    """Classifier-free guidance: a scale, or a mapping with the kind of guidance."""
+
+    kind: Literal["edm", "uvit", "udit", "patch"] | None = Field(  # type: ignore[assignment]
+        None, description="Whose definition; null = that of the formulation."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_number(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return {"scale": value}
+        if not isinstance(value, Mapping):
+            raise ValueError("neither a number nor a mapping with scale")
+        return value
+
+    @model_serializer(mode="wrap")
+    def _without_nulls(self, handler: Any) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if value is not None}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
+        full = handler.resolve_ref_schema(handler(core))
+        description = (cls.__doc__ or "").strip()
+        return {"anyOf": [{"type": "number"}, full], "description": description}
+
+
+class Decoder(Model):
+    """The autoencoder that turns generated latents into images."""
+
+    weights: str = Field(
+        description="File with the weights of a Stable Diffusion autoencoder: .safetensors, or "
+        "tensors that torch saved; keys of the original code or of diffusers."
+    )
+    scale: float = Field(
+        gt=0, description="Latents are divided by it before they are decoded, e.g. 0.18215."
+    )
 
 
 class Generation(Model):
@@ -315,7 +387,12 @@ class Generation(Model):
     images: int | None = Field(None, ge=1, description="null = as many as the data set has.")
     seed: int = Field(0, ge=0, description="First sample's seed; sample i has seed + i.")
     weights: Literal["ema", "raw"] = Field("ema", description="Which weights generate.")
-    guidance: float | None = Field(None, description="Classifier-free guidance scale.")
+    guidance: Guidance | None = Field(
+        None, description="Classifier-free guidance: a scale, or {kind, scale, channels}."
+    )
+    decoder: Decoder | None = Field(
+        None, description="What decodes latents; needed by data sets of latents, and only there."
+    )
     batch: int = Field(256, ge=1, description="Images at a time; changes no result.")
 
 
@@ -330,6 +407,9 @@ class Evaluation(Model):
         ("fd", "kid", "is", "prc"), min_length=1, description="Frechet, KID, IS, precision/recall."
     )
     seed: int = Field(0, ge=0, description="Seed of the classifier that digits trains.")
+    reference: Dataset | None = Field(
+        None, description="Images to measure against; null = those of the data set itself."
+    )
 
 
 class Machine(Model):
@@ -382,6 +462,38 @@ class Grid(Model):
     seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
 
 
+class Checkpoint(Shorthand):
+    """Official checkpoint whose weights are imported instead of trained: its path; or a mapping."""
+
+    path: str = Field(
+        min_length=1, description="Where the file lies; a run's name does not depend on it."
+    )
+    name: str | None = Field(
+        None,
+        min_length=1,
+        description="What the weights are called, and the setting where sha256 is not given; "
+        "null = the file's name.",
+    )
+    sha256: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="Hash of the file, which then is the setting, and is checked.",
+    )
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        return {"path": text}
+
+    def identity(self) -> dict[str, Any]:
+        """What is a setting: the content where its hash is given, a name for it otherwise."""
+        return {"sha256": self.sha256} if self.sha256 else {"name": self.label}
+
+    @property
+    def label(self) -> str:
+        """What people call the weights."""
+        return self.name or Path(self.path).name
+
+
 class Arm(Model):
     """One extra arm: what differs from the study's settings."""
 
@@ -393,6 +505,74 @@ class Arm(Model):
     formulation: Formulation | None = Field(None, description="null = the study's.")
     training: dict[str, Any] = Field({}, description="Training keys of this arm only.")
     seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
+    checkpoint: Checkpoint | None = Field(
+        None, description="Take these weights instead of training; null = train."
+    )
+
+
+# --- where a published study's settings come from ---------------------------------------------
+
+Origin = Literal["paper", "code", "readme", "ours"]
+
+
+class Conflict(Model):
+    """Another source that says something else."""
+
+    source: Origin = Field(description="Where it stands.")
+    value: Any = Field(description="What it says.")
+    where: str = Field("", description="File and key, table or section.")
+    note: str = Field("", description="Why it was not followed.")
+
+
+class Source(Shorthand):
+    """Where a setting comes from: code(file key), readme(place), paper(place), ours(reason)."""
+
+    source: Origin = Field(description="ours: no source says it; the note says why it is so.")
+    where: str = Field("", description="File and key, table or section; not for ours.")
+    note: str = Field("", description="What a reader should know; for ours the reason.")
+    conflicts: list[Conflict] = Field([], description="Sources that say something else.")
+
+    @classmethod
+    def _shorthand(cls, text: str) -> dict[str, Any]:
+        match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text, re.DOTALL)
+        if match is None:
+            raise ValueError(f"{text!r} is not of the form code(place) or ours(reason)")
+        return {"source": match[1], "note" if match[1] == "ours" else "where": match[2].strip()}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> "Source":
+        if self.source == "ours" and not self.note:
+            raise ValueError("ours needs a note: why the value is what it is")
+        if self.source != "ours" and not self.where:
+            raise ValueError(f"{self.source} needs where: the place that says so")
+        return self
+
+
+class Repository(Model):
+    """A released code."""
+
+    url: str = Field(description="Where it is published.")
+    commit: str = Field(description="The commit that was read.")
+
+
+class Published(Model):
+    """The publication that a study follows."""
+
+    paper: str = Field(description="Its name in our table of published numbers.")
+    model: str = Field("", description="The model's name in that table.")
+    dataset: str = Field("", description="The data set's name in that table.")
+    repositories: dict[Name, Repository] = Field(
+        {}, description="Released code; places without a repository's name are in the first."
+    )
+    parameters: int | None = Field(
+        None, ge=1, description="Parameters of the network, counted on the released code."
+    )
+    needs: tuple[str, ...] = Field(
+        (), description="What a user brings, and in which form: data, weights."
+    )
+    differences: tuple[str, ...] = Field(
+        (), description="What the publication does and this study does not do, or otherwise."
+    )
 
 
 class Study(Model):
@@ -414,6 +594,12 @@ class Study(Model):
     machine: Machine = Machine()
     notebooks: tuple[Name, ...] = Field(
         ("overview",), description="Notebooks under notebooks/ that the study runs."
+    )
+    published: Published | None = Field(None, description="The publication that it follows.")
+    sources: dict[str, Source] = Field(
+        {},
+        description="Where each setting comes from, by its key, e.g. training.lr or "
+        "arms[0].skip_scaling; `study provenance` shows it beside the value.",
     )
 
     @classmethod
@@ -518,30 +704,64 @@ def check(model: type[BaseModel], value: Any, prefix: str = "") -> BaseModel:
         raise UserError("\n".join(explain(error, model, prefix))) from None
 
 
+def leaves(content: Any, where: str = "") -> dict[str, Any]:
+    """Every value that a study's content sets, by its key: ``training.lr``, ``arms[0].seed``.
+
+    Mappings and lists of mappings are followed; other lists are values.
+    """
+    if isinstance(content, Mapping) and content:
+        items = [(f"{where}.{key}" if where else str(key), value) for key, value in content.items()]
+    elif isinstance(content, list | tuple) and any(isinstance(v, Mapping) for v in content):
+        items = [(f"{where}[{number}]", value) for number, value in enumerate(content)]
+    else:
+        return {where: content}
+    return {key: leaf for path, value in items for key, leaf in leaves(value, path).items()}
+
+
+def _check_sources(content: Mapping[str, Any]) -> None:
+    """Raise ``UserError`` for a source of a key that the study does not set."""
+    set_here = leaves({key: value for key, value in content.items() if key != "sources"})
+    lines = []
+    for key in content.get("sources") or {}:
+        if key not in set_here:
+            close = difflib.get_close_matches(key, set_here, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "leave the entry out"
+            lines.append(f"sources.{key}: the study sets no such key; {hint}")
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """The content of a study's YAML file, unchecked. Raises ``UserError`` where it is none."""
+    import yaml
+
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: a study is a mapping of keys; got {type(content).__name__}")
+    return dict(content)
+
+
 def load(source: str | Path | Mapping[str, Any]) -> Study:
     """Read a study from a YAML file or a mapping.
 
     Raises ``UserError`` with one line per mistake: the key, the value, and what is allowed.
     """
-    if not isinstance(source, Mapping):
-        import yaml
-
-        path = Path(source)
-        try:
-            source = yaml.safe_load(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{path}: no such file") from None
-        except yaml.YAMLError as error:
-            mark = getattr(error, "problem_mark", None)
-            line = f", line {mark.line + 1}" if mark else ""
-            problem = getattr(error, "problem", None) or str(error)
-            raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
-        if not isinstance(source, Mapping):
-            raise UserError(f"{path}: a study is a mapping of keys; got {type(source).__name__}")
-    study = dict(source)
+    content = dict(source) if isinstance(source, Mapping) else read(source)
+    study = dict(content)
     if isinstance(study.get("grid"), Mapping):
         study["grid"] = [study["grid"]]
-    return check(Study, study)
+    result = check(Study, study)
+    _check_sources(content)
+    return result
 
 
 def schema() -> dict[str, Any]:

@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
+from study.arms import complete
+from study.autoencoder import LatentDecoder, load_decoder
 from study.backbones.base import check_attention
-from study.data import Archive, order
-from study.diffusion import formulation as make_formulation
+from study.data import Archive
+from study.diffusion import formulations
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import NoiseSource, nfe, sampler
+from study.diffusion.split import SplitDenoiser
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
-from study.network import build_network
+from study.network import arithmetic, build_network, networks_of
 from study.provenance import Stopwatch, provenance
 
 GRID = 10
@@ -34,19 +37,24 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
 
 
-def tile(images: np.ndarray, columns: int = GRID, side: int = 480) -> Image.Image:
-    """Lay uint8 images [n, H, W, C] out in rows, magnified by a whole number to about ``side``."""
+def tile(images: np.ndarray, columns: int = GRID, side: int = 640) -> Image.Image:
+    """Lay uint8 images [n, H, W, C] out in rows, magnified by a whole number to about ``side``.
+
+    White lines part the images, one sixteenth of an image wide (2 pixels at least).
+    """
     count, height, width, channels = images.shape
     rows = max(1, math.ceil(count / columns))
-    sheet = np.full((rows * height, columns * width, channels), 255, np.uint8)
+    factor = max(1, side // (columns * width))
+    high, wide = height * factor, width * factor
+    gap = max(2, wide // 16)
+    shape = (rows * (high + gap) - gap, columns * (wide + gap) - gap, channels)
+    sheet = np.full(shape, 255, np.uint8)
     for number, image in enumerate(images):
         row, column = divmod(number, columns)
-        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = image
-    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
-    factor = max(1, side // max(picture.size))
-    return picture.resize(
-        (picture.width * factor, picture.height * factor), Image.Resampling.NEAREST
-    )
+        top, left = row * (high + gap), column * (wide + gap)
+        large = image.repeat(factor, 0).repeat(factor, 1)
+        sheet[top : top + high, left : left + wide] = large
+    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
 def _save_picture(path: Path, picture: Image.Image) -> None:
@@ -60,10 +68,19 @@ def _save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
 
 
 def _labels(archive: Archive, conditional: bool, seeds: range) -> np.ndarray:
-    """Class labels of samples: the data set's own, in shuffled order, so proportions agree."""
+    """Class labels of samples: the data set's own, classes taking turns by their shares.
+
+    Sample i's label depends on i alone; as many samples as images have exactly their proportions.
+    """
     if not conditional:
         return np.zeros(len(seeds), np.int64)
-    return archive.labels[order(0, seeds.start, len(seeds), len(archive))]
+    labels = archive.labels
+    turn = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+    taken = labels[np.lexsort((labels, turn))]
+    return taken[np.arange(seeds.start, seeds.stop) % len(taken)]
 
 
 class _Parts:
@@ -105,6 +122,52 @@ def _skip(out: Path, status: dict[str, Any], archive: Archive, facts: dict[str, 
     write_json(out / "generate.json", {"status": "skipped", "reason": reason, "images": 0, **facts})
 
 
+def _decoder(protocol: dict[str, Any], archive: Archive) -> LatentDecoder | None:
+    """What makes images of samples: the protocol's decoder for latents, nothing for images."""
+    settings = protocol.get("decoder")
+    if archive.latents and settings is None:
+        raise UserError(
+            f"generation.decoder: missing; data set {archive.name} holds latents, which become "
+            "images only through an autoencoder (weights, scale)"
+        )
+    if settings is None:
+        return None
+    if not archive.latents:
+        raise UserError(
+            f"generation.decoder: data set {archive.name} holds images; leave the decoder out"
+        )
+    decoder = load_decoder(settings["weights"], settings["scale"])
+    channels = decoder.post_quant_conv.in_channels
+    if channels != archive.channels:
+        raise UserError(
+            f"generation.decoder: decodes latents of {channels} channels, but those of "
+            f"{archive.name} have {archive.channels}"
+        )
+    return decoder
+
+
+def _denoiser(spec: dict[str, Any], network: Any, device: torch.device) -> Any:
+    """D(x; sigma) of a run's network, in the precision that it was trained in."""
+    precision = spec["training"]["precision"]
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+    def evaluating(one: Any) -> Any:
+        def evaluate(x: Tensor, noise: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
+            with torch.autocast(device.type, dtype=half, enabled=half is not None):
+                return one(x, noise, label, **more).float()
+
+        return evaluate
+
+    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    denoisers = [
+        formulation.denoiser(evaluating(one))
+        for formulation, one in zip(made, networks_of(network), strict=True)
+    ]
+    if len(denoisers) == 1:
+        return denoisers[0]
+    return SplitDenoiser(denoisers, sorted(spec["formulation"]["splits"], reverse=True))
+
+
 def generate(
     run_dir: str | Path,
     protocol: dict[str, Any],
@@ -118,7 +181,7 @@ def generate(
 
     ``run_dir`` holds ``train/``; ``protocol`` is a study's ``generation`` section; ``data`` is the
     data set archive (for the image size, the number of images and the labels); ``batch`` images
-    are made at a time. Writes
+    are made at a time. Latents are decoded with the protocol's decoder. Writes
     ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels), ``grid.png`` and
     ``generate.json``. A diverged run gives zero images. Raises ``UserError`` where weights are
     missing or do not fit.
@@ -129,7 +192,7 @@ def generate(
     train = run_dir / "train"
     status = read_json(train / "status.json")
     archive = Archive(data)
-    spec = status["spec"]
+    spec = complete(status["spec"])  # older runs lack newer options
     draw = sampler(protocol["sampler"])
     facts = {
         "seed": protocol["seed"],
@@ -150,19 +213,19 @@ def generate(
     accelerator = Accelerator(cpu=not torch.cuda.is_available() or None)
     device = accelerator.device
     check_attention(spec["training"]["attention"], device)
+    decoder = _decoder(protocol, archive)
+    if decoder is not None:
+        decoder.to(device)
+        facts["decoder"] = {
+            "scale": decoder.scale,
+            "weights_sha256": sha256(protocol["decoder"]["weights"]),
+        }
     network = build_network(spec, archive).to(device).eval()
     try:
         network.load_state_dict(load_file(train / name))
     except RuntimeError as error:
         raise UserError(f"{train / name}: {str(error).splitlines()[-1].strip()}") from None
-    formulation = make_formulation(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
-    half = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[facts["precision"]]
-
-    def evaluate(x: Tensor, noise: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
-        with torch.autocast(device.type, dtype=half, enabled=half is not None):
-            return network(x, noise, label, **more).float()
-
-    denoiser = formulation.denoiser(evaluate)
+    denoiser = _denoiser(spec, network, device)
     if protocol["guidance"] is not None:
         denoiser = guided(denoiser, protocol["guidance"], null_label=archive.num_classes)
 
@@ -189,7 +252,9 @@ def generate(
             if conditional:
                 label = torch.from_numpy(labels[start : start + len(here)]).to(device)
             latents = source.latents().to(device)
-            made = to_uint8(draw.sample(denoiser, latents, label, noise=source))
+            with arithmetic(facts["precision"]):
+                made = draw.sample(denoiser, latents, label, noise=source)
+            made = to_uint8(made if decoder is None else decoder.decode(made))
             done += len(made)
             parts.save(start, made)
         images.append(made)

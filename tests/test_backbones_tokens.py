@@ -372,7 +372,7 @@ def test_u_vit_initialisation():
     network = tiny("uvit", changes={"embed_dim": 96, "mlp_time_embed": True}, num_classes=10)
     for name in (
         "in_blocks.0.attn.qkv",
-        "out_blocks.2.skip_linear",
+        "out_blocks.1.skip_linear",
         "decoder_pred",
         "time_embed.0",
     ):

@@ -13,7 +13,7 @@ from study.config import load, schema
 from study.files import UserError
 
 ROOT = Path(__file__).parents[1]
-STUDIES = [ROOT / "config.yaml", *sorted((ROOT / "workflow/studies").glob("*.yaml"))]
+STUDIES = [ROOT / "config.yaml", *sorted((ROOT / "workflow/studies").rglob("*.yaml"))]
 
 
 @pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)

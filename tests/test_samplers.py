@@ -16,11 +16,12 @@ from study.diffusion import formulation
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import OPTIONS, REGISTRY, NoiseSource, nfe, sampler
 from study.diffusion.samplers.ablation import default_range, vp_schedule
-from study.diffusion.samplers.ancestral import SplitDenoiser, dynamic_threshold
+from study.diffusion.samplers.ancestral import dynamic_threshold
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.samplers.dpm_solver import fast_orders
 from study.diffusion.samplers.options import guidance_options
 from study.diffusion.samplers.parity import RUNNERS, Mixture
+from study.diffusion.split import SplitDenoiser
 from study.files import UserError
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"

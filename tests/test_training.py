@@ -230,7 +230,7 @@ def test_ema_by_rate_and_by_half_life():
     torch.nn.init.zeros_(module.weight)
     ema = Ema(module)
     torch.nn.init.ones_(module.weight)
-    ema.update(module, decay({"rate": 0.9, "halflife": None, "rampup": None}, 8, 8))
+    ema.update(decay({"rate": 0.9, "halflife": None, "rampup": None}, 8, 8))
     assert ema.state_dict()["weight"].item() == pytest.approx(0.1)
     halflife = {"rate": None, "halflife": 100.0, "rampup": None}
     assert decay(halflife, 100, 10**6) == pytest.approx(0.5)

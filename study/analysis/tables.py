@@ -658,6 +658,8 @@ def _dynamics(found: list[_Found], problems: list) -> tuple[pd.DataFrame, list[d
             detail = f"{path.name}: {str(error).splitlines()[0]}"
             problems.append(_problem("error", "unreadable file", one.run, detail))
             continue
+        if frame.empty:  # imported weights, which were not trained here
+            continue
         frame["where"] = frame["where"].fillna("").astype(str)
         broken = ~np.isfinite(frame["value"].to_numpy(dtype=float))
         if broken.any() and one.status == "done":
@@ -781,7 +783,7 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
             if step is not None and steps is not None and step < steps:
                 detail = f"done at step {step} of {steps}"
                 problems.append(_problem("error", "stopped early", run, detail))
-            if row["final_loss"] is None:
+            if row["final_loss"] is None and "imported" not in one.train:
                 problems.append(_problem("error", "non-finite loss", run, "final loss is missing"))
         if one.train and one.train.get("spec") not in (None, one.spec):
             detail = "the spec on disk is not the manifest's"

@@ -65,9 +65,9 @@ class UViT(Options):
 UVIT: dict[str, dict[str, Any]] = {
     "tiny": {
         "patch_size": 2,
-        "embed_dim": 48,
-        "depth": 6,
-        "num_heads": 3,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
         "mlp_ratio": 2.0,
         "mlp_time_embed": True,
     },

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "moments": None,
     "scale": 1.0,
     "channels": None,
+    "classes": None,
     "note": "",
 }
 FILTERS = {
@@ -368,6 +369,7 @@ def convert(
         null: rgb, or keep for digits and archives), ``labels`` (true), ``max_images`` (so many,
         evenly spaced in the source's order), ``on_error``. For latents ``moments`` (mean_std or
         mean_logvar: the channels are two stacked halves) and ``scale`` (a factor on the latents).
+        ``channels`` and ``classes`` are what the result must have (null: whatever it has).
     source_path
         Where the source is; overrides ``spec["path"]``.
     on_error
@@ -402,6 +404,9 @@ def convert(
                     f"the images have {content['channels']} channels, not "
                     f"{settings['channels']}: see color"
                 )
+            classes = len(content["classes"] or [])
+            if settings["classes"] not in (None, classes):
+                raise UserError(f"the labels have {classes} classes, not {settings['classes']}")
             skipped_file = _list_skipped(out, settings["name"], problems.found)
     except UserError as error:
         raise UserError(f"dataset {settings['name']}: {error}") from None

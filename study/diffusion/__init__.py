@@ -44,3 +44,11 @@ def formulation(spec: dict, noise_scale: float = 1.0) -> "Formulation":
         raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}{got}") from None
     module, name = FORMULATIONS[kind].split(":")
     return getattr(import_module(module), name)(options, noise_scale=noise_scale)
+
+
+def formulations(spec: dict, noise_scale: float = 1.0) -> "list[Formulation]":
+    """The formulations of a run's networks: one, or with `splits` one for each, in their order."""
+    if not spec.get("splits") or spec.get("split") is not None:
+        return [formulation(spec, noise_scale)]
+    parts = range(len(spec["splits"]) + 1)
+    return [formulation({**spec, "split": part}, noise_scale) for part in parts]

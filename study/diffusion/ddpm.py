@@ -170,6 +170,8 @@ class DDPM(Formulation):
         self, options: Any, noise_scale: float = 1.0, table: Schedule | None = None
     ) -> None:
         super().__init__(options, noise_scale)
+        if options.splits and options.split is None:
+            raise UserError("formulation: splits needs split: the part that this loss is for")
         self.schedule = schedule(options.schedule, options.steps) if table is None else table
         self.timesteps = torch.arange(self.schedule.steps)
         if options.split is not None:

@@ -140,18 +140,20 @@ class DDPMOptions(_Options):
         False, description="Give the network t * 1000 / T instead of t."
     )
     splits: tuple[Annotated[float, Field(gt=0)], ...] = Field(
-        (), description="Signal-to-noise ratios at which the steps are split among models."
+        (),
+        description="Signal-to-noise ratios at which the steps are split among models; a run has "
+        "a model for each part.",
     )
     split: int | None = Field(
-        None, ge=0, description="The split that this network is trained on; 0: least noise."
+        None,
+        ge=0,
+        description="One part alone, as a loss or a network of its own sees it; 0: least noise.",
     )
 
     @model_validator(mode="after")
     def _consistent(self):
         if self.split is not None and self.split > len(self.splits):
             raise ValueError(f"split must lie in 0..{len(self.splits)}")
-        if self.splits and self.split is None:
-            raise ValueError("splits needs split: the index of the part to train on")
         return self
 
     @property

@@ -244,6 +244,7 @@ def _identities(
         "reference_images": reference["images"],
         **{key: generation.get(key) for key in ("sampler", "nfe", "guidance", "weights")},
         "precision": generation.get("precision"),
+        **({"decoder": generation["decoder"]} if "decoder" in generation else {}),
         "tool": "torch-fidelity",
         "tool_version": torch_fidelity.__version__,
     }

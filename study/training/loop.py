@@ -13,17 +13,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from study.backbones.base import check_attention
+from study.arms import models, training_steps, unsupported
+from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
-from study.diffusion import formulation as make_formulation
+from study.diffusion import formulations
 from study.diffusion.stf import StableTarget, reference_batch
 from study.files import UserError, atomic, write_json
-from study.network import build_network
+from study.network import SplitNetwork, arithmetic, build_network, networks_of
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator, seed_of
 from study.training import checkpoint
@@ -61,8 +62,10 @@ class _Batches:
         device: torch.device,
         share: slice,
         uniform: bool,
+        label_drops: int = 0,
     ) -> None:
         self.archive, self.device, self.share, self.uniform = archive, device, share, uniform
+        self.label_drops = label_drops
         self.settings, self.target, self.seeds = spec["training"], spec["target"], spec["seeds"]
         self.batch = self.settings["batch"]
         self.augmentation = None
@@ -114,11 +117,20 @@ class _Batches:
             stable = StableTarget(reference_batch(images, others).to(self.device))
         share = {"images": images, "labels": labels, "draws": draws, "noise": noise}
         share["augment_labels"] = augment_labels
+        share["label_drops"] = None
+        if labels is not None and self.label_drops:
+            drops = generator(self.seeds["noise"], "label drops", step)
+            share["label_drops"] = torch.rand(self.batch, self.label_drops, generator=drops)
         moved = {
             key: None if value is None else value[self.share].to(self.device, non_blocking=True)
             for key, value in share.items()
         }
         return {**moved, "stable": stable}
+
+
+def _label_drops(network: Backbone) -> int:
+    """How many independent draws per image decide where the network itself drops labels."""
+    return network.label_drops if getattr(network, "class_dropout_prob", 0) else 0
 
 
 def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimizer:
@@ -129,13 +141,18 @@ def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimiz
         betas=tuple(settings["betas"]),
         eps=settings["eps"],
         weight_decay=settings["weight_decay"],
-        foreach=True,
+        fused=settings["precision"] != "fp16",  # gradients are unscaled here, not in the kernel
     )
 
 
-def _accelerator(precision: str) -> Accelerator:
-    mixed = {"fp32": "no", "fp16": "fp16", "bf16": "bf16"}[precision]
-    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available() or None)
+def _accelerator(precision: str, idle_parameters: bool) -> Accelerator:
+    mixed = {"fp32": "no", "tf32": "no"}.get(precision, precision)
+    distributed = DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)
+    accelerator = Accelerator(
+        mixed_precision=mixed,
+        cpu=not torch.cuda.is_available() or None,
+        kwargs_handlers=[distributed],
+    )
     if precision == "fp16" and accelerator.device.type != "cuda":
         raise UserError(
             f"training.precision: fp16 needs a GPU, but this job runs on "
@@ -157,6 +174,9 @@ def _share(batch: int, accelerator: Accelerator) -> slice:
 
 def _check_data(spec: dict[str, Any], archive: Archive) -> None:
     training, target = spec["training"], spec["target"]
+    problem = unsupported(spec)
+    if problem:
+        raise UserError(problem)
     if training["conditional"] and archive.labels is None:
         raise UserError(f"training.conditional: data set {archive.name} has no labels")
     if target["kind"] == "stf" and target["reference"] > len(archive):
@@ -211,16 +231,17 @@ class Trainer:
         self.spec, self.archive, self.folder, self.machine = spec, archive, state, machine
         self.settings = spec["training"]
         _check_data(spec, archive)
-        self.accelerator = _accelerator(self.settings["precision"])
+        self.models = models(spec)  # one after another; nearly always there is one
+        self.accelerator = _accelerator(self.settings["precision"], len(self.models) > 1)
         self.device = self.accelerator.device
         check_attention(self.settings["attention"], self.device)
-        self.formulation = make_formulation(
+        self.formulations = formulations(
             spec["formulation"], noise_scale=spec["backbone"]["noise_scale"]
         )
         self.backbone = build_network(spec, archive, machine.get("checkpointing", False))
         self.backbone.to(self.device).train()
         self.ema = Ema(self.backbone)
-        optimizer = _optimizer(self.settings, self.backbone.parameters())
+        optimizer = _optimizer(self.settings, self._parameter_groups())
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
         self.parameters = list(self.backbone.parameters())
         self.blocks = Blocks(self.backbone)
@@ -229,12 +250,27 @@ class Trainer:
         self.dynamics, self.timing, self.by_noise = Table(), Table(), LossByNoise()
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
-        steps = self.settings["steps"]
-        self.log_every = machine.get("log_every") or max(1, steps // 200)
+        self.steps = training_steps(spec)
+        self.log_every = machine.get("log_every") or max(1, self.steps // 100)
         share = _share(self.settings["batch"], self.accelerator)
         self.batches = _Batches(
-            archive, spec, self.device, share, self.formulation.draw == "uniform"
+            archive,
+            spec,
+            self.device,
+            share,
+            self.formulations[0].draw == "uniform",
+            _label_drops(networks_of(self.backbone)[0]),
         )
+
+    def _parameter_groups(self) -> Any:
+        """What the optimiser is given: of a split network, every part with its own settings."""
+        if not isinstance(self.backbone, SplitNetwork):
+            return self.backbone.parameters()
+        betas = {model["split"]: tuple(model["betas"]) for model in self.models}
+        return [
+            {"params": network.parameters(), "betas": betas[number]}
+            for number, network in enumerate(self.backbone.networks)
+        ]
 
     # --- state -------------------------------------------------------------------------------
 
@@ -280,12 +316,42 @@ class Trainer:
         self.dynamics.columns, self.timing.columns = state["dynamics"], state["timing"]
         self.losses = state["losses"]
         self.by_noise.sums, self.by_noise.counts = state["by_noise"]
-        print(f"resumed at step {self.step} of {self.settings['steps']}", flush=True)
+        print(f"resumed at step {self.step} of {self.steps}", flush=True)
 
     # --- one step ----------------------------------------------------------------------------
 
-    def _network(self, augment_labels: Tensor | None) -> Any:
-        conditioning = {} if augment_labels is None else {"augment_labels": augment_labels}
+    def _turn(self) -> tuple[dict[str, Any], int]:
+        """The model that trains at this step, and how many steps it has had."""
+        done = self.step
+        for model in self.models[:-1]:
+            if done < model["steps"]:
+                return model, done
+            done -= model["steps"]
+        return self.models[-1], done
+
+    def _begin_turn(self, model: dict[str, Any]) -> None:
+        """Make ready the next model of a split network, whose losses have their own scale."""
+        fresh = Watch(self.watch.factor, self.watch.skips)
+        fresh.last_finite = self.watch.last_finite
+        self.watch = fresh
+        if model["start"] is None:
+            return
+        here, there = f"networks.{model['split']}.", f"networks.{model['start']}."
+        average = self.ema.state_dict()
+        weights = {
+            here + key.removeprefix(there): value.clone()
+            for key, value in average.items()
+            if key.startswith(there)
+        }
+        self.ema.load_state_dict(weights)
+        self.backbone.load_state_dict({**self.backbone.state_dict(), **weights})
+
+    def _network(self, augment_labels: Tensor | None, label_drops: Tensor | None) -> Any:
+        conditioning: dict[str, Any] = {}
+        if augment_labels is not None:
+            conditioning["augment_labels"] = augment_labels
+        if label_drops is not None:
+            conditioning["label_drop_uniform"] = label_drops.unbind(1)
 
         def network(x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
             with self.accelerator.autocast():
@@ -293,9 +359,10 @@ class Trainer:
 
         return network
 
-    def _backward(self) -> tuple[float, Tensor, Tensor]:
+    def _backward(self, model: dict[str, Any]) -> tuple[float, Tensor, Tensor]:
         """Gradients of the batch; its loss, and per-sample noise level and loss."""
         batch = self.batches(self.step)
+        formulation = self.formulations[model["split"] or 0]
         images = batch["images"]
         size = self.machine.get("micro_batch") or len(images)
         pieces = [slice(i, i + size) for i in range(0, len(images), size)]
@@ -308,12 +375,12 @@ class Trainer:
         for number, piece in enumerate(pieces):
             part = {
                 key: None if batch[key] is None else batch[key][piece]
-                for key in ("images", "draws", "noise", "labels", "augment_labels")
+                for key in ("images", "draws", "noise", "labels", "augment_labels", "label_drops")
             }
             last = number == len(pieces) - 1
             with self.accelerator.no_sync(self.model) if not last else _nothing():
-                loss = self.formulation.loss(
-                    self._network(part["augment_labels"]),
+                loss = formulation.loss(
+                    self._network(part["augment_labels"], part["label_drops"]),
                     part["images"],
                     part["draws"],
                     part["noise"],
@@ -330,19 +397,24 @@ class Trainer:
             sigma, losses = self.accelerator.gather((sigma, losses))
         return losses.mean().item(), sigma.cpu(), losses.cpu()
 
-    def _set_lr(self) -> float:
-        warmup = self.settings["warmup"]
-        lr = self.settings["lr"] * (min(self.step / warmup, 1.0) if warmup else 1.0)
+    def _set_lr(self, model: dict[str, Any], done: int) -> float:
+        warmup = model["warmup"]
+        lr = model["lr"] * (min(done / warmup, 1.0) if warmup else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
 
     def advance(self) -> str | None:
         """One step. Returns why the run has diverged, or ``None``."""
-        lr = self._set_lr()
-        logs = self.step % self.log_every == 0 or self.step == self.settings["steps"] - 1
+        model, done = self._turn()
+        if isinstance(self.backbone, SplitNetwork):
+            self.backbone.active = model["split"]
+            if done == 0 and self.step > 0:
+                self._begin_turn(model)
+        lr = self._set_lr(model, done)
+        logs = self.step % self.log_every == 0 or self.step == self.steps - 1
         with SkipObserver(self.backbone) if logs else _nothing() as observer:
-            value, sigma, losses = self._backward()
+            value, sigma, losses = self._backward(model)
         self.losses.append(value)
         self.by_noise.add(sigma, losses)
         if self.accelerator.scaler is not None:
@@ -373,8 +445,10 @@ class Trainer:
             self.blocks.log_updates(self.dynamics, self.step, before)
         self.step += 1
         batch = self.settings["batch"]
-        self.ema.update(self.backbone, decay(self.settings["ema"], batch, self.step * batch))
-        if logs and not all(torch.isfinite(p).all() for p in self.parameters):
+        averaging = decay(self.settings["ema"], batch, (done + 1) * batch)
+        split = isinstance(self.backbone, SplitNetwork)
+        self.ema.update(averaging, f"networks.{model['split']}." if split else "")
+        if logs and not math.isfinite(Blocks.norm([p.detach() for p in self.parameters])):
             return "non-finite weights"
         return None
 
@@ -428,12 +502,13 @@ def train(
     trainer.resume(identity)
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
     main = trainer.accelerator.is_main_process
-    steps, start = trainer.settings["steps"], trainer.step
+    steps, start = trainer.steps, trainer.step
     progress = _Progress(state, start, steps, trainer.seconds, main)
     saved, logged, begun = time.monotonic(), trainer.step, time.perf_counter()
     reason = None
     while trainer.step < steps and reason is None:
-        reason = trainer.advance()
+        with arithmetic(trainer.settings["precision"]):
+            reason = trainer.advance()
         trainer.seconds = stopwatch.seconds
         progress(trainer.step, trainer.watch.last_finite.get("loss", math.nan))
         if trainer.step - logged >= trainer.log_every:

@@ -237,7 +237,8 @@ onstart:
 
 onsuccess:
     progress.stop()
-    print(f"Report: {REPORT}", file=sys.stderr)
+    if any(job.rule.name == "report" for job in workflow.dag.jobs):
+        print(f"Report: {REPORT}", file=sys.stderr)
 
 
 onerror:

@@ -10,9 +10,9 @@ from torch import Tensor
 from study.diffusion import formulation
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import OPTIONS, sampler
-from study.diffusion.samplers.ancestral import SplitDenoiser
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.schedules import stable_diffusion_betas
+from study.diffusion.split import SplitDenoiser
 
 Case = dict[str, Any]
 Tensors = dict[str, Tensor]
