@@ -278,7 +278,7 @@ def _short(options: dict[str, Any]) -> str:
 
 def _channels(dataset: dict[str, Any]) -> int | None:
     """Colour channels of the archive where the settings fix them."""
-    if dataset["channels"] is not None:
+    if dataset.get("channels") is not None:  # not in specs of older runs
         return dataset["channels"]
     if dataset["source"] == "digits" and dataset["color"] != "rgb":
         return 1

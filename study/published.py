@@ -109,7 +109,7 @@ PROTOCOLS = (
         "EDM's fid.py (PyTorch translation of the TensorFlow Inception)",
         "CIFAR-10 train",
         "EMA, half-life 0.5 million images",
-        "200 million images, batch 512, reference batch 4096 per process",
+        "200 million images, batch 512, reference batch 1024 per process",
     ),
     Protocol(
         "EDM",
@@ -197,7 +197,7 @@ def dataset_key(dataset: dict[str, Any]) -> str | None:
         return "celeba64"
     if name.startswith("imagenet"):
         if source == "latents":
-            return "imagenet256-latent"
+            return "imagenet256-latent" if resolution in (None, 32) else None
         if resolution == 64:
             return "imagenet64"
     return None
