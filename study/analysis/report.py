@@ -13,7 +13,7 @@ from study import published
 from study.analysis import style
 from study.analysis.figures import FIGURES, measured, short
 from study.analysis.tables import Tables, better
-from study.files import read_json, write_text
+from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
 SVG_BYTES = 230_000
@@ -37,6 +37,7 @@ SECTIONS = {
 def report(manifest: str | Path | Mapping[str, Any], results: str | Path, out: str | Path) -> Path:
     """Write ``out/index.html`` from ``results/tables`` and ``results/figures``.
 
+    Copies of the figures as PNG go to ``out/figures``, to be linked or shown elsewhere.
     Runs without results are listed in a banner; a figure that was not drawn is left out. Notebooks
     rendered into ``out/notebooks`` are linked. Returns the page's path. Raises ``UserError`` where
     the tables are missing.
@@ -47,6 +48,8 @@ def report(manifest: str | Path | Mapping[str, Any], results: str | Path, out: s
     tables = Tables.read(results / "tables", results)
     context = _Page(manifest, tables, results, out).context()
     page = environment().get_template("report.html.j2").render(context)
+    for figure in sorted((results / "figures").glob("*.png")):
+        write_bytes(out / "figures" / figure.name, figure.read_bytes())
     write_text(out / "index.html", page)
     return out / "index.html"
 
