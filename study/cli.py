@@ -203,7 +203,9 @@ def _launch(processes: int, gpus: int) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc_per_node", str(processes), "-m", "study", *sys.argv[1:]]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "false" if gpus else "true"}
-    child = subprocess.Popen(command, env=environment)
+    # The launcher inherits the locks of the run and of its GPUs: they must outlive this process
+    # if it is killed while the trainers live on.
+    child = subprocess.Popen(command, env=environment, close_fds=False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, lambda number, _frame: child.send_signal(number))
     raise SystemExit(child.wait())

@@ -413,7 +413,12 @@ class Evaluation(Model):
 
 
 class Machine(Model):
-    """Speed only: nothing here changes results beyond rounding, and nothing reruns."""
+    """Speed only: nothing here changes results beyond rounding, and nothing reruns.
+
+    One exception: with training.dropout, masks are drawn for each process and micro-batch, so
+    `processes` and `micro_batch` draw others. The dynamics log of several processes shows the
+    first one's share of the batch.
+    """
 
     gpus: int = Field(0, ge=0, description="GPUs of this machine that jobs may use.")
     jobs_per_gpu: int = Field(1, ge=1, description="Jobs that share one GPU.")

@@ -67,7 +67,10 @@ def default_slots_dir() -> Path:
 
 def _lock(path: Path, wait: bool) -> IO[bytes] | None:
     """Hold ``path`` until the file returned is closed; ``None`` if another process holds it."""
-    file = path.open("ab")  # not inherited by programs that this process starts
+    file = path.open("ab")
+    # Programs that this process starts with open files (a training in several processes) keep
+    # the lock for as long as they live, also when this process is killed.
+    os.set_inheritable(file.fileno(), True)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
@@ -85,6 +88,7 @@ def alone(folder: str | Path) -> Iterator[None]:
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = (Path(folder) / "lock").open("ab")
+    os.set_inheritable(file.fileno(), True)  # as with GPU slots
     with file:
         with suppress(OSError):  # a file system without flock
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -1,6 +1,5 @@
 """From seeds to images: every sample is a function of its own seed."""
 
-import json
 import math
 import sys
 import time
@@ -22,6 +21,7 @@ from study.data import Archive
 from study.diffusion import formulations
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import NoiseSource, nfe, sampler
+from study.diffusion.samplers.options import guidance_options
 from study.diffusion.split import SplitDenoiser
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network, networks_of
@@ -101,9 +101,16 @@ class _Parts:
         path = self.path(start)
         return np.load(path, allow_pickle=False) if path.exists() else None
 
-    def save(self, start: int, images: np.ndarray) -> None:
+    def save(self, start: int, images: np.ndarray, seconds: float) -> None:
         with atomic(self.path(start)) as temporary, temporary.open("wb") as file:
             np.save(file, images)
+        write_json(self.folder / "seconds.json", seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Time that earlier attempts spent on these batches."""
+        note = self.folder / "seconds.json"
+        return read_json(note) if note.exists() else 0.0
 
     def clear(self) -> None:
         for path in self.folder.glob("*"):
@@ -176,12 +183,14 @@ def generate(
     *,
     batch: int = 256,
     threads: int | None = None,
+    code: str | None = None,
 ) -> dict[str, Any]:
     """Generate the images of a trained run.
 
     ``run_dir`` holds ``train/``; ``protocol`` is a study's ``generation`` section; ``data`` is the
     data set archive (for the image size, the number of images and the labels); ``batch`` images
-    are made at a time. Latents are decoded with the protocol's decoder. Writes
+    are made at a time; ``code`` is the digest of the generating code, and batches that other code
+    left unfinished are not used. Latents are decoded with the protocol's decoder. Writes
     ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels), ``grid.png`` and
     ``generate.json``. A diverged run gives zero images. Raises ``UserError`` where weights are
     missing or do not fit.
@@ -194,10 +203,11 @@ def generate(
     archive = Archive(data)
     spec = complete(status["spec"])  # older runs lack newer options
     draw = sampler(protocol["sampler"])
+    guidance = guidance_options(protocol["guidance"], spec["formulation"])
     facts = {
         "seed": protocol["seed"],
-        "sampler": protocol["sampler"],
-        "guidance": protocol["guidance"],
+        "sampler": draw.options.model_dump(mode="json"),
+        "guidance": None if guidance is None else guidance.model_dump(mode="json"),
         "weights": protocol["weights"],
         "nfe": nfe(protocol["sampler"], protocol["guidance"], spec["formulation"]),
         "precision": spec["training"]["precision"],
@@ -235,12 +245,13 @@ def generate(
     labels = _labels(archive, conditional, seeds)
     shape = (archive.channels, archive.resolution, archive.resolution)
     weights_sha256 = sha256(train / name)
+    identity = {**facts, "spec": spec, "code": code, "data": archive.sha256, "batch": batch}
     parts = _Parts(
         run_dir / "state" / "generate",
-        {"protocol": protocol, "weights": weights_sha256, "batch": batch},
+        {**identity, "images": count, "weights_sha256": weights_sha256},
     )
-    stopwatch = Stopwatch(device)
-    done, images = 0, []
+    stopwatch = Stopwatch(device, before=parts.seconds)
+    images = []
     starts = range(0, count, batch)
     quiet = 1.0 if sys.stderr.isatty() else 20.0
     for start in tqdm(starts, desc="generate", unit="batch", mininterval=quiet):
@@ -255,8 +266,7 @@ def generate(
             with arithmetic(facts["precision"]):
                 made = draw.sample(denoiser, latents, label, noise=source)
             made = to_uint8(made if decoder is None else decoder.decode(made))
-            done += len(made)
-            parts.save(start, made)
+            parts.save(start, made, stopwatch.seconds)
         images.append(made)
         _progress(run_dir, start + len(made), count, stopwatch.seconds)
     seconds = stopwatch.seconds
@@ -271,7 +281,7 @@ def generate(
         "weights_sha256": weights_sha256,
         "samples_sha256": sha256(out / "samples.npz"),
         "seconds": seconds,
-        "images_per_second": done / seconds if done else None,
+        "images_per_second": count / seconds,
         "peak_memory_mib": stopwatch.peak_memory_mib,
         "provenance": provenance(device),
     }
@@ -283,5 +293,4 @@ def generate(
 def _progress(run_dir: Path, done: int, count: int, seconds: float) -> None:
     path = run_dir / "state" / "progress.json"
     progress = {"stage": "generate", "step": done, "steps": count, "seconds": seconds}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({**progress, "time": time.time()}))
+    write_json(path, {**progress, "time": time.time()})

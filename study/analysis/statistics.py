@@ -117,7 +117,8 @@ def verdict(differences: Sequence[float], claim: str, *, positive: bool) -> Verd
     """Judge the claim that the paired ``differences`` are positive (or negative).
 
     Reproduced: the 95 % interval of the mean difference lies on the claimed side of zero. Not
-    reproduced: it does not, with at least two pairs. Fewer pairs: not testable.
+    reproduced: it lies on the other. Not testable at this budget: it holds zero, or there are
+    fewer than two pairs.
     """
     result = paired(differences)
     if result.n < 2 or math.isnan(result.p):
@@ -137,4 +138,4 @@ def verdict(differences: Sequence[float], claim: str, *, positive: bool) -> Verd
         f"{claim}: the interval holds zero; {numbers}; a true difference below "
         f"{result.detectable:.3g} would mostly have gone unseen."
     )
-    return Verdict("not reproduced", reason, result)
+    return Verdict("not testable at this budget", reason, result)

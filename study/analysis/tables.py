@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from study.analysis import statistics
+from study.arms import complete
 from study.files import UserError, atomic, canonical_json, read_json
 
 AXES = ["backbone", "skip_scaling", "target", "formulation"]
@@ -481,19 +482,39 @@ def _median_step(path: Path) -> float | None:
 # --- metrics --------------------------------------------------------------------------------------
 
 
-def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[dict]]:
-    """Rows of ``metrics.csv`` and ``identities.csv``; every run has a row for every metric."""
-    first: dict[str, tuple[str, dict[str, Any]]] = {}
+def _part_identities(found: list[_Found]) -> None:
+    """A metric that runs measured in unlike ways gets a name for each: <metric>_<identity>.
+
+    So two identities never share a column, and no run is left out for having another. Raises
+    ``UserError`` where a metric has no identity.
+    """
+    ways: dict[str, set[str]] = defaultdict(set)
     for one in found:
         for metric in one.metrics:
-            identity = dict((one.fidelity.get("identity") or {}).get(metric) or {})
+            identity = (one.fidelity.get("identity") or {}).get(metric)
             if not identity:
                 raise UserError(
                     f"{one.folder / 'evaluate' / 'fidelity.json'}: metric {metric} has no identity"
                 )
-            known_run, known = first.setdefault(metric, (one.run, identity))
-            if canonical_json(known) != canonical_json(identity):
-                raise UserError(_mixed(metric, known_run, known, one.run, identity))
+            ways[metric].add(_identity_id(identity))
+    for one in found:
+        for metric in one.metrics:
+            if len(ways[metric]) == 1:
+                continue
+            name = f"{metric}_{_identity_id(one.fidelity['identity'][metric])}"
+            for section in ("metrics", "identity", "notes", "spread"):
+                values = one.fidelity.get(section) or {}
+                if metric in values:
+                    values[name] = values.pop(metric)
+
+
+def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[dict]]:
+    """Rows of ``metrics.csv`` and ``identities.csv``; every run has a row for every metric."""
+    _part_identities(found)
+    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    for one in found:
+        for metric in one.metrics:
+            first.setdefault(metric, (one.run, dict(one.fidelity["identity"][metric])))
     rows = []
     for one in found:
         for metric in sorted(first):
@@ -531,19 +552,6 @@ def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[di
 
 def _identity_id(identity: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]
-
-
-def _mixed(metric: str, run_a: str, a: dict, run_b: str, b: dict) -> str:
-    unlike = [
-        f"{key} {_word(a.get(key))} / {_word(b.get(key))}"
-        for key in sorted({*a, *b})
-        if canonical_json(a.get(key)) != canonical_json(b.get(key))
-    ]
-    return (
-        f"metric {metric} was measured in two ways and cannot share a column: "
-        f"{_identity_id(a)} ({run_a}) and {_identity_id(b)} ({run_b}) differ in "
-        f"{'; '.join(unlike)}; evaluate both runs anew with one protocol"
-    )
 
 
 def _groups(rows: list[dict], *keys: str) -> dict[tuple, list[dict]]:
@@ -785,7 +793,9 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
                 problems.append(_problem("error", "stopped early", run, detail))
             if row["final_loss"] is None and "imported" not in one.train:
                 problems.append(_problem("error", "non-finite loss", run, "final loss is missing"))
-        if one.train and one.train.get("spec") not in (None, one.spec):
+        written = one.train.get("spec") if one.train else None
+        # Completed: a spec from before an option existed has the option's default.
+        if written is not None and complete(written) != complete(one.spec):
             detail = "the spec on disk is not the manifest's"
             problems.append(_problem("error", "other spec", run, detail))
     problems += _identical_weights(found)

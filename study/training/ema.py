@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def decay(settings: dict[str, Any], batch: int, images_seen: int) -> float:
-    """Decay of one step after ``images_seen`` images.
+    """Decay of the step that follows ``images_seen`` images.
 
     Either a fixed ``rate``, or EDM's: 0.5^(batch / h) with the half-life h in images, limited to
     ``rampup`` times the images seen so far (Karras et al. 2022, released training loop).

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from study.arms import models, training_steps, unsupported
+from study.arms import canonical, models, training_steps, unsupported
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
 from study.diffusion import formulations
@@ -445,7 +445,7 @@ class Trainer:
             self.blocks.log_updates(self.dynamics, self.step, before)
         self.step += 1
         batch = self.settings["batch"]
-        averaging = decay(self.settings["ema"], batch, (done + 1) * batch)
+        averaging = decay(self.settings["ema"], batch, done * batch)
         split = isinstance(self.backbone, SplitNetwork)
         self.ema.update(averaging, f"networks.{model['split']}." if split else "")
         if logs and not math.isfinite(Blocks.norm([p.detach() for p in self.parameters])):
@@ -498,7 +498,7 @@ def train(
     if archive.fits(machine.get("resident_mib", 4096) * 2**20):
         archive.resident()
     trainer = Trainer(spec, archive, state, machine)
-    identity = {"spec": spec, "code": code, "data": archive.sha256}
+    identity = {"spec": canonical(spec), "code": code, "data": archive.sha256}
     trainer.resume(identity)
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
     main = trainer.accelerator.is_main_process
