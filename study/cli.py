@@ -221,6 +221,7 @@ def generate(
     decoder: Annotated[
         str, typer.Option(help="The weights of the decoder of latents, if not in the protocol.")
     ] = "",
+    code: Annotated[str | None, typer.Option(help="Digest of the generating code.")] = None,
     threads: Threads = None,
     gpus: Gpus = None,
 ) -> None:
@@ -234,7 +235,7 @@ def generate(
         settings = with_defaults(Generation, _json(protocol, "--protocol"))
         if settings["decoder"] is not None:
             settings["decoder"] = {"weights": decoder, **settings["decoder"]}
-        run(run_dir, settings, data, out, batch=batch, threads=threads)
+        run(run_dir, settings, data, out, batch=batch, threads=threads, code=code)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -7,7 +7,6 @@ rule generate:
         weights=f"{RUN}/train/weights.safetensors",
         raw=f"{RUN}/train/raw.safetensors",
         data=ARCHIVE,
-        decoder=[STUDY.generation.decoder.weights] if STUDY.generation.decoder else [],
     output:
         samples=f"{RUN}/generate/samples.npz",
         facts=f"{RUN}/generate/generate.json",
@@ -25,10 +24,11 @@ rule generate:
     resources:
         gpu=min(1, GPUS),
         batch=STUDY.generation.batch,
+        decoder=STUDY.generation.decoder.weights if STUDY.generation.decoder else "",
     params:
         run=subpath(input.status, ancestor=2),
         out=subpath(output.samples, parent=True),
         protocol=GENERATION,
         code=generation_code,
     shell:
-        "python -m study generate --run-dir {params.run} --protocol {params.protocol:q} --batch {resources.batch} --decoder={input.decoder:q} --code {params.code} --data {input.data} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+        "python -m study generate --run-dir {params.run} --protocol {params.protocol:q} --batch {resources.batch} --decoder={resources.decoder:q} --code {params.code} --data {input.data} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
