@@ -115,7 +115,7 @@ class Progress:
         begun: float,
     ) -> None:
         self.results, self.jobs, self.slots, self.begun = Path(results), list(jobs), slots, begun
-        self.before: dict[str, int] = defaultdict(int)  # done before this session
+        self.before: dict[str, int] = defaultdict(int)  # done before this start
         self.totals: dict[str, int] = defaultdict(int)
         for rule, count in totals.items():
             self.totals[GROUPS.get(rule, rule)] += count
