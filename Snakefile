@@ -8,6 +8,7 @@ include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
 include: "workflow/rules/generate.smk"
 include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/probe.smk"
 include: "workflow/rules/analyse.smk"
 include: "workflow/rules/report.smk"
 
@@ -19,6 +20,7 @@ rule all:
     input:
         collect(rules.train.output.status, run=RUNS),
         collect(rules.evaluate.output.metrics, run=RUNS),
+        [path for kind in PROBED for path in probe_results(kind)],
         collect(rules.notebook.output, notebook=STUDY.notebooks),
         rules.aggregate.output,
         rules.figures.output,

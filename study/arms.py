@@ -23,6 +23,7 @@ from study.config import (
     Dataset,
     Formulation,
     Grid,
+    Probe,
     SkipScaling,
     Study,
     Target,
@@ -156,6 +157,28 @@ def complete(parts: dict[str, Any]) -> dict[str, Any]:
         "seeds": parts["seeds"],
         **imported,
     }
+
+
+def probed(runs: dict[str, Run], probe: Probe) -> list[str]:
+    """Names of the runs that a probe looks at; none for a probe of the data set or the study."""
+    if probe.subject not in ("run", "arm"):
+        return []
+    seeds = probe.resolved()["seeds"]
+    wanted = None if seeds is None else {str(seed) for seed in seeds}
+    return [name for name, run in runs.items() if wanted is None or run.axes["seed"] in wanted]
+
+
+def networks(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """The canonical specs without seeds and targets, each once, in a fixed order.
+
+    They are what networks at initialisation depend on, however often the arms are trained.
+    """
+    found = {}
+    for run in runs.values():
+        spec = {k: v for k, v in canonical(run.spec).items() if k not in ("seeds", "target")}
+        spec["target"] = {"kind": "dsm"}
+        found[canonical_json(spec)] = spec
+    return [found[text] for text in sorted(found)]
 
 
 def digest(content: Any) -> str:

@@ -245,6 +245,7 @@ def evaluate(
     protocol: Annotated[str, typer.Option(help="The study's `evaluation` section, as JSON.")],
     out: Out,
     weights: Weights = None,
+    code: Annotated[str | None, typer.Option(help="Digest of the evaluating code.")] = None,
     threads: Threads = None,
     gpus: Gpus = None,
 ) -> None:
@@ -253,7 +254,44 @@ def evaluate(
     from study.fidelity.evaluate import evaluate as run
 
     with _device(gpus):
-        run(samples, reference, _json(protocol, "--protocol"), out, weights=weights or None)
+        settings = _json(protocol, "--protocol")
+        run(samples, reference, settings, out, weights=weights or None, code=code)
+
+
+@app.command(rich_help_panel=STAGES)
+def probe(
+    kind: Annotated[str, typer.Argument(help="Which probe: robustness, representation, ...")],
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Table to write (.parquet), with a .json beside it.")],
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Folder of a trained or imported run, which holds train/.")
+    ] = None,
+    spec: Annotated[str, typer.Option(help="For probes of an arm: its spec, as for train.")] = "{}",
+    manifest: Annotated[
+        Path | None, typer.Option(help="For probes of a study: results/<study>/study.json.")
+    ] = None,
+    options: Annotated[str, typer.Option(help="Options of the probe, as JSON.")] = "{}",
+    machine: Annotated[str, typer.Option(help="Options that only concern speed.")] = "{}",
+    code: Annotated[str | None, typer.Option(help="Digest of the probing code.")] = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
+) -> None:
+    """Measure a network or targets: norms, robustness, variance, similarity, cost."""
+    _set_threads(threads)
+    with _device(gpus):
+        from study.probes.base import probe as run
+
+        run(
+            kind,
+            data,
+            out,
+            _json(options, "--options") | _json(machine, "--machine"),
+            run_dir=run_dir,
+            spec=_json(spec, "--spec") or None,
+            manifest=manifest,
+            threads=threads,
+            code=code,
+        )
 
 
 @app.command(rich_help_panel=STAGES)

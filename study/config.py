@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -26,6 +27,7 @@ from study.diffusion.options import OPTIONS as FORMULATIONS
 from study.diffusion.samplers.options import OPTIONS as SAMPLERS
 from study.diffusion.samplers.options import GuidanceOptions
 from study.files import UserError
+from study.probes.options import OPTIONS as PROBES
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
@@ -266,6 +268,32 @@ class Sampler(_Registered):
     @classmethod
     def _registry(cls) -> Mapping[str, type[BaseModel]]:
         return SAMPLERS
+
+
+class Probe(_Registered):
+    """Probe: its kind and options."""
+
+    @classmethod
+    def _registry(cls) -> Mapping[str, type[BaseModel]]:
+        return PROBES
+
+    @property
+    def subject(self) -> str:
+        """What it looks at: run, arm, dataset or study."""
+        return PROBES[self.kind].subject
+
+    def settings(self) -> dict[str, Any]:
+        """The options, not at their defaults, that its numbers depend on."""
+        return self._chosen(exclude={"seeds", "batch"})
+
+    def speed(self) -> dict[str, Any]:
+        """The options, not at their defaults, that only its speed and memory depend on."""
+        return self._chosen(include={"batch"})
+
+    def _chosen(self, **which: set[str]) -> dict[str, Any]:
+        model = PROBES[self.kind]
+        options = model.model_validate_json(json.dumps(self.model_extra), strict=True)
+        return options.model_dump(mode="json", exclude_defaults=True, **which)
 
 
 class Ema(Model):
@@ -596,6 +624,9 @@ class Study(Model):
     training: Training
     generation: Generation
     evaluation: Evaluation
+    probes: tuple[Probe, ...] = Field(
+        (), description="Measurements of networks and targets beside sample quality."
+    )
     machine: Machine = Machine()
     notebooks: tuple[Name, ...] = Field(
         ("overview",), description="Notebooks under notebooks/ that the study runs."
@@ -606,6 +637,15 @@ class Study(Model):
         description="Where each setting comes from, by its key, e.g. training.lr or "
         "arms[0].skip_scaling; `study provenance` shows it beside the value.",
     )
+
+    @field_validator("probes")
+    @classmethod
+    def _each_once(cls, probes: tuple[Probe, ...]) -> tuple[Probe, ...]:
+        kinds = [probe.kind for probe in probes]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"{kind} is listed twice; a study has one of each kind")
+        return probes
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:

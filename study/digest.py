@@ -41,6 +41,7 @@ DECLARATIONS = frozenset(
         ".diffusion.samplers",
         ".diffusion.samplers.options",
         ".probes",
+        ".probes.options",
     )
 )
 
@@ -221,6 +222,20 @@ def generation(spec: Mapping[str, Any], sampler: str) -> str:
     exclude |= {f"{PACKAGE.name}.diffusion.stf"}
     roots = [module for module in modules if module not in exclude]
     return stage_digest((*_verbs()["generate"], *roots, REGISTRY[sampler].split(":")[0]), exclude)
+
+
+def probe(kind: str, specs: Iterable[Mapping[str, Any]]) -> str:
+    """Digest of the code of a probe that looks at networks of these resolved specs.
+
+    Other probes, and backbones and formulations that none of the specs has, have no part in it.
+    """
+    from study.probes import PROBES
+
+    roots, exclude = {PROBES[kind]}, DECLARATIONS
+    for spec in specs:
+        modules, _ = _network(spec)
+        roots.update(modules)
+    return stage_digest((*_verbs()["probe"], *sorted(roots)), exclude)
 
 
 @cache

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,14 +17,13 @@ from study.arms import complete
 from study.autoencoder import LatentDecoder, load_decoder
 from study.backbones.base import check_attention
 from study.data import Archive
-from study.diffusion import formulations
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import NoiseSource, nfe, sampler
 from study.diffusion.samplers.options import guidance_options
-from study.diffusion.split import SplitDenoiser
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
-from study.network import arithmetic, build_network, networks_of
+from study.network import arithmetic, build_network
 from study.provenance import Stopwatch, provenance
+from study.trained import denoiser_of, load_weights
 
 GRID = 10
 """Rows and columns of the sample grid."""
@@ -153,28 +151,6 @@ def _decoder(protocol: dict[str, Any], archive: Archive) -> LatentDecoder | None
     return decoder
 
 
-def _denoiser(spec: dict[str, Any], network: Any, device: torch.device) -> Any:
-    """D(x; sigma) of a run's network, in the precision that it was trained in."""
-    precision = spec["training"]["precision"]
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
-
-    def evaluating(one: Any) -> Any:
-        def evaluate(x: Tensor, noise: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
-            with torch.autocast(device.type, dtype=half, enabled=half is not None):
-                return one(x, noise, label, **more).float()
-
-        return evaluate
-
-    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
-    denoisers = [
-        formulation.denoiser(evaluating(one))
-        for formulation, one in zip(made, networks_of(network), strict=True)
-    ]
-    if len(denoisers) == 1:
-        return denoisers[0]
-    return SplitDenoiser(denoisers, sorted(spec["formulation"]["splits"], reverse=True))
-
-
 def generate(
     run_dir: str | Path,
     protocol: dict[str, Any],
@@ -211,15 +187,12 @@ def generate(
         "weights": protocol["weights"],
         "nfe": nfe(protocol["sampler"], protocol["guidance"], spec["formulation"]),
         "precision": spec["training"]["precision"],
+        "code": code,
     }
     out.mkdir(parents=True, exist_ok=True)
     if status["status"] == "diverged":
         _skip(out, status, archive, {**facts, "provenance": provenance()})
         return {"status": "skipped"}
-    name = {"ema": "weights.safetensors", "raw": "raw.safetensors"}[protocol["weights"]]
-    if not (train / name).exists():
-        raise UserError(f"{train / name}: missing; train the run again (delete {train})")
-
     accelerator = Accelerator(cpu=not torch.cuda.is_available() or None)
     device = accelerator.device
     check_attention(spec["training"]["attention"], device)
@@ -231,11 +204,8 @@ def generate(
             "weights_sha256": sha256(protocol["decoder"]["weights"]),
         }
     network = build_network(spec, archive).to(device).eval()
-    try:
-        network.load_state_dict(load_file(train / name))
-    except RuntimeError as error:
-        raise UserError(f"{train / name}: {str(error).splitlines()[-1].strip()}") from None
-    denoiser = _denoiser(spec, network, device)
+    weights_sha256 = sha256(load_weights(network, train, protocol["weights"]))
+    denoiser = denoiser_of(spec, network, device)
     if protocol["guidance"] is not None:
         denoiser = guided(denoiser, protocol["guidance"], null_label=archive.num_classes)
 
@@ -244,8 +214,7 @@ def generate(
     conditional = spec["training"]["conditional"]
     labels = _labels(archive, conditional, seeds)
     shape = (archive.channels, archive.resolution, archive.resolution)
-    weights_sha256 = sha256(train / name)
-    identity = {**facts, "spec": spec, "code": code, "data": archive.sha256, "batch": batch}
+    identity = {**facts, "spec": spec, "data": archive.sha256, "batch": batch}
     parts = _Parts(
         run_dir / "state" / "generate",
         {**identity, "images": count, "weights_sha256": weights_sha256},

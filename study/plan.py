@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from study import digest
-from study.arms import NOT_SETTINGS, Run, image_shape, models, training_steps, unsupported
+from study.arms import (
+    NOT_SETTINGS,
+    Run,
+    image_shape,
+    models,
+    probed,
+    training_steps,
+    unsupported,
+)
 from study.arms import runs as resolve
 from study.config import Study, load
 from study.diffusion.samplers import nfe
@@ -40,6 +48,9 @@ TYPICAL_GFLOPS = 0.005
 
 STARTING = 3.0
 """Seconds until a job is at work."""
+
+PROBE = 5.0
+"""First guess of what a probe of a run takes."""
 
 IMAGES = {("digits", "train"): 1797, ("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000}
 """Images of sources that are always the same."""
@@ -333,12 +344,31 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     networks = Networks(results, len(found) <= COUNT_UP_TO if counting is None else counting)
     measured = Measured(sorted(results.glob("*/runs/*")), gpu)
     images = images_to_make(study, results)
-    rows = [
-        _row(study, run, state_of(run, folder / run.name), networks, measured, images)
-        for run in found.values()
-    ]
+    probes = _probe_jobs(study, found, results)
+    rows = []
+    for run in found.values():
+        state = state_of(run, folder / run.name, study=study)
+        row = _row(study, run, state, networks, measured, images)
+        if probes[run.name] is not None:
+            row.seconds["probe"] = probes[run.name]
+        rows.append(row)
     networks.save()
     return rows
+
+
+def _probe_jobs(study: Study, runs: Mapping[str, Run], results: Path) -> dict[str, float | None]:
+    """Seconds of the probes that each run still lacks, from others' times where there are any."""
+    seconds: dict[str, float | None] = dict.fromkeys(runs)
+    for probe in study.probes:
+        made = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))[:20]
+        times = [read_json(path).get("seconds") for path in made]
+        known = [took for took in times if took is not None]
+        one = STARTING + (statistics.median(known) if known else PROBE)
+        for name in probed(runs, probe):
+            folder = results / study.study / "runs" / name / "probes"
+            if not (folder / f"{probe.kind}.json").exists():
+                seconds[name] = (seconds[name] or 0.0) + one
+    return seconds
 
 
 def _row(
@@ -390,8 +420,8 @@ def _finished(state: State) -> tuple[str, ...]:
     """Stages of a run that need no more work."""
     if state.state in ("done", "diverged"):
         return ("train", "generate", "evaluate")
-    stages = ("train", "generate", "evaluate")
-    return stages[: stages.index(state.stage)] if state.state == "waiting" else ()
+    stages = ("train", "generate", "evaluate", "probe")
+    return stages[: stages.index(state.stage)] if state.state in ("waiting", "stale") else ()
 
 
 def _product(*factors: float | None) -> float | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from study.files import UserError, read_json, write_json, write_text
+from study.probes import PROBES
 
 STOP_FILE = "results/.stop"
 
@@ -27,6 +28,7 @@ GROUPS = {
     "train": "train",
     "generate": "generate",
     "evaluate": "evaluate",
+    **{f"probe_{kind}": "probe" for kind in PROBES},
     "aggregate": "report",
     "figures": "report",
     "notebook": "report",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from study import digest
-from study.arms import Run, canonical
+from study.arms import Run, canonical, probed
 from study.arms import runs as resolve
 from study.config import Study, load
 from study.files import UserError, read_json
@@ -17,10 +17,10 @@ from study.progress import duration, read_progress
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
 """States of a run.
 
-done: trained, sampled and measured; diverged: the same for a run whose training diverged;
-waiting: trained, but samples or metrics are not there yet; running: a job wrote its progress
-within the last minute; stopped: a checkpoint is there and nobody works on it; stale: made by other
-settings or code than today's; missing: nothing is there.
+done: trained, sampled, measured and probed; diverged: the same for a run whose training diverged;
+waiting: trained, but samples, metrics or probes are not there yet; running: a job wrote its
+progress within the last minute; stopped: a checkpoint is there and nobody works on it; stale: made
+by other settings or code than today's; missing: nothing is there.
 """
 
 ALIVE = 60.0
@@ -72,16 +72,32 @@ def outdated(run: Run, status: Mapping[str, Any]) -> str:
     return ""
 
 
-def state_of(run: Run, folder: Path, now: float | None = None) -> State:
-    """Where the run in ``folder`` stands."""
+def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str:
+    """Why finished samples or metrics are not what would be made today; empty if they are."""
+    kind = study.generation.sampler.kind
+    now = digest.generation(run.spec, kind) if stage == "generate" else digest.stage("evaluate")
+    code = facts.get("code")
+    if code is not None and code != now:
+        return "its code has changed"
+    if stage == "generate" and facts.get("status") == "done":
+        protocol = study.generation
+        images = protocol.images or facts["images"]
+        wanted = (protocol.sampler.resolved(), protocol.seed, protocol.weights, images)
+        if wanted != tuple(facts.get(key) for key in ("sampler", "seed", "weights", "images")):
+            return "made by another protocol"
+    return ""
+
+
+def state_of(run: Run, folder: Path, now: float | None = None, study: Study | None = None) -> State:
+    """Where the run in ``folder`` stands; with its study, samples and probes are looked at too."""
     now = time.time() if now is None else now
     progress = read_progress(folder)
-    if progress is not None:
+    status = _json(folder / "train" / "status.json")
+    if progress is not None and not (status and progress["stage"] == "train"):
         step, steps = progress["step"], progress["steps"]
         if step < steps and now - progress["time"] < ALIVE:
             left = (steps - step) * progress["seconds"] / max(step, 1)
             return State(run, "running", progress["stage"], step, steps, left)
-    status = _json(folder / "train" / "status.json")
     if status is None:
         if progress is not None and progress["stage"] == "train":
             step, steps = progress["step"], progress["steps"]
@@ -94,15 +110,24 @@ def state_of(run: Run, folder: Path, now: float | None = None) -> State:
     diverged = status.get("status") == "diverged"
     reason = f"{status.get('reason')} at step {step}" if diverged else ""
     for stage, name in (("generate", "generate.json"), ("evaluate", "fidelity.json")):
-        if not (folder / stage / name).exists():
+        facts = _json(folder / stage / name)
+        if facts is None:
             return State(run, "waiting", stage, step, steps, note=reason)
+        why = "" if study is None else _unlike(study, stage, run, facts)
+        if why:
+            return State(run, "stale", stage, step, steps, note=f"{stage}: {why}")
+    for probe in () if study is None else study.probes:
+        wanted = run.name in probed({run.name: run}, probe)
+        if wanted and not (folder / "probes" / f"{probe.kind}.json").exists():
+            note = reason or probe.kind.replace("_", " ")
+            return State(run, "waiting", "probe", step, steps, note=note)
     return State(run, "diverged" if diverged else "done", "", step, steps, note=reason)
 
 
 def states(study: Study, results: Path = Path("results")) -> Iterator[State]:
     """Where every run of a study stands, in the study's order."""
     for run in resolve(study).values():
-        yield state_of(run, results / study.study / "runs" / run.name)
+        yield state_of(run, results / study.study / "runs" / run.name, study=study)
 
 
 def _table(study: Study, found: list[State]) -> Any:

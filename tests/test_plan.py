@@ -11,7 +11,7 @@ import pytest
 import yaml
 from miniature import base
 
-from study import arms, digest, plan, progress, status
+from study import arms, config, digest, plan, progress, status
 from study.config import load
 from study.files import UserError, write_json
 
@@ -93,6 +93,47 @@ def test_other_settings_or_code_are_stale(run, tmp_path):
     assert status.state_of(run, tmp_path).note == "made with other settings"
 
 
+def test_a_run_that_has_just_diverged_is_not_running(run, tmp_path):
+    finish(tmp_path, run, status="diverged", step=3, reason="loss spike")
+    write_progress(tmp_path, step=3)
+    assert status.state_of(run, tmp_path, NOW + 1).state == "diverged"
+
+
+def test_samples_of_another_protocol_or_code_are_stale(run, study, tmp_path):
+    finish(tmp_path, run)
+    protocol = study.generation
+    made = {
+        "status": "done",
+        "sampler": protocol.sampler.resolved(),
+        "seed": protocol.seed,
+        "weights": protocol.weights,
+        "images": 64,
+    }
+    path = tmp_path / "generate/generate.json"
+    write_json(path, made)
+    assert status.state_of(run, tmp_path, study=study).state == "done"
+    write_json(path, made | {"seed": 7})
+    found = status.state_of(run, tmp_path, study=study)
+    assert (found.state, found.note) == ("stale", "generate: made by another protocol")
+    write_json(path, made | {"code": "0" * 16})
+    assert status.state_of(run, tmp_path, study=study).note == "generate: its code has changed"
+    write_json(path, made)
+    write_json(tmp_path / "evaluate/fidelity.json", {"status": "done", "code": "0" * 16})
+    assert status.state_of(run, tmp_path, study=study).note == "evaluate: its code has changed"
+
+
+def test_a_run_waits_for_its_probes(run, study, tmp_path):
+    finish(tmp_path, run)
+    probing = study.model_copy(update={"probes": (config.Probe(kind="robustness"),)})
+    found = status.state_of(run, tmp_path, study=probing)
+    assert (found.state, found.stage, found.note) == ("waiting", "probe", "robustness")
+    write_json(tmp_path / "probes/robustness.json", {})
+    assert status.state_of(run, tmp_path, study=probing).state == "done"
+    elsewhere = config.Probe(kind="cost", seeds=[7])
+    probing = study.model_copy(update={"probes": (elsewhere,)})
+    assert status.state_of(run, tmp_path, study=probing).state == "done"
+
+
 def test_run_from_before_an_option_existed_is_not_stale(run, tmp_path):
     training = {key: value for key, value in run.spec["training"].items() if key != "attention"}
     finish(tmp_path, run, spec={**run.spec, "training": training})
@@ -130,13 +171,24 @@ def test_plan_counts_what_training_builds(study, tmp_path):
     assert rows[0].network.parameters < rows[1].network.parameters  # the learned gates
 
 
+def test_probes_cost_time_until_they_are_made(study, tmp_path):
+    probing = study.model_copy(update={"probes": (config.Probe(kind="robustness"),)})
+    before = plan.plan(probing, tmp_path, counting=False)[0]
+    assert before.seconds["probe"] == plan.STARTING + plan.PROBE
+    folder = tmp_path / study.study / "runs"
+    write_json(folder / before.run.name / "probes/robustness.json", {"seconds": 2.0})
+    first, other = plan.plan(probing, tmp_path, counting=False)
+    assert "probe" not in first.seconds
+    assert other.seconds["probe"] == plan.STARTING + 2.0
+
+
 def test_shipped_counts_are_of_todays_networks(monkeypatch, tmp_path):
     """Fails after a change of a backbone or a shipped study: ``make networks``."""
     monkeypatch.setattr(plan, "count", lambda *arguments: pytest.fail("make networks"))
     root = digest.PACKAGE.parent
-    for config in (root / "config.yaml", root / "workflow/studies/smoke.yaml"):
+    for path in (root / "config.yaml", root / "workflow/studies/smoke.yaml"):
         networks = plan.Networks(tmp_path, True)
-        for run in arms.runs(load(config)).values():
+        for run in arms.runs(load(path)).values():
             assert networks(run.spec) is not None
 
 

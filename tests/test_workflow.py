@@ -17,6 +17,9 @@ from conftest import PARTS, ROOT, SMOKE, Project, copy_project
 AFTERWARDS = {"aggregate": 1, "figures": 1, "notebook": 1, "report": 1}
 """Jobs that follow whenever the study as a whole has changed."""
 
+ONE_RUN = {"train": 1, "generate": 1, "evaluate": 1, "probe_robustness": 1}
+"""Jobs of one run."""
+
 
 def smoke(change) -> dict:
     """An edit of the smoke study: ``change`` works on its mapping."""
@@ -101,7 +104,7 @@ def test_snakemakes_own_report_has_captions(finished):
 def test_added_arm_runs_alone(finished):
     arm = {"name": "new", "backbone": "uvit", "skip_scaling": "cs(0.6)"}
     with finished.edited(**smoke(lambda study: study["arms"].append(arm))):
-        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+        assert finished.todo() == {**ONE_RUN, **AFTERWARDS}
 
 
 def test_added_seed_keeps_the_first(finished):
@@ -143,7 +146,28 @@ def test_changed_setting_of_an_arm_runs_that_arm(finished):
         study["arms"][1].setdefault("training", {})["lr"] = 1.5e-3
 
     with finished.edited(**smoke(change)):
-        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+        assert finished.todo() == {**ONE_RUN, **AFTERWARDS}
+
+
+def test_added_probe_is_all_that_runs(finished):
+    with finished.edited(**smoke(lambda study: study["probes"].append("dynamics"))):
+        assert finished.todo() == {"probe_dynamics": number_of_runs(finished), **AFTERWARDS}
+
+
+def test_changed_option_of_a_probe_makes_that_probe_again(finished):
+    with finished.edited(**smoke(lambda study: study["probes"][1].update(samples=65))):
+        assert finished.todo() == {"probe_optimal_denoiser": 1, **AFTERWARDS}
+
+
+def test_fewer_probed_seeds_make_no_probe_again(finished):
+    with finished.edited(**smoke(lambda study: study["probes"][0].update(seeds=[0]))):
+        assert finished.todo() == AFTERWARDS
+
+
+def test_code_of_a_probe_makes_that_probe_again(finished):
+    with finished.edited("study/probes/robustness.py", CODE):
+        again = finished.todo()
+    assert again == {"probe_robustness": number_of_runs(finished), **AFTERWARDS}
 
 
 def test_changed_protocol_generates_again_and_trains_nothing(finished):
@@ -199,7 +223,7 @@ def test_trainer_code_trains_again(finished):
 
 def test_backbone_code_trains_its_own_runs_again(finished):
     with finished.edited("study/backbones/udit.py", CODE):
-        assert finished.todo() == {"train": 1, "generate": 1, "evaluate": 1, **AFTERWARDS}
+        assert finished.todo() == {**ONE_RUN, **AFTERWARDS}
 
 
 def test_sampler_code_generates_again(finished):

@@ -1,4 +1,4 @@
-"""What the notebooks share: published rows, our setting in words, pairs of runs, verdicts.
+"""What notebooks and report share: published rows, our setting in words, verdicts, answers.
 
 A verdict is computed from pairs of runs that agree in everything but the claimed cause, seeds
 included; the judging is :func:`study.analysis.statistics.verdict`.
@@ -8,6 +8,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -18,10 +19,12 @@ from matplotlib.figure import Figure
 from study import published
 from study.analysis import style
 from study.analysis.figures import describe_identity, leading_metric
-from study.analysis.statistics import Verdict
+from study.analysis.stability import MEASURES, Measure
+from study.analysis.statistics import Verdict, holm, paired
 from study.analysis.tables import Tables
 
 _SEEDS = ["data_seed", "init_seed", "noise_seed"]
+HALF = "inv_sqrt2"
 
 
 def show(figure: Figure) -> Any:
@@ -167,3 +170,521 @@ def without_option(line: str, option: str) -> str:
 def not_testable(claim: str, why: str) -> Verdict:
     """The verdict of a study that lacks what a claim is about."""
     return Verdict("not testable at this budget", f"{claim}: {why}.")
+
+
+# --- which scaling is most stable -----------------------------------------------------------------
+
+REPRODUCED, CONTRADICTED = "reproduced", "not reproduced"
+UNTESTABLE = "not testable at this budget"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a study says about a published claim, in words for a page."""
+
+    claim: str
+    source: str
+    word: str  # "reproduced" | "not reproduced" | "not testable at this budget"
+    reason: str
+
+
+@dataclass(frozen=True)
+class StabilityAnswer:
+    """Sentences about the stability of the scaled arms, computed from the tables."""
+
+    summary: list[str]
+    backbones: list[tuple[str, str]]
+    """(backbone, sentence), in the order of the pictures."""
+    findings: list[Finding]
+    measures: list[str]
+    """Labels of the columns of ``matrix``."""
+    matrix: list[tuple[str, list[dict[str, str]]]]
+    """(backbone, cells): the most stable scaling of each measure, ``word`` saying how surely."""
+
+
+def p_text(p: float) -> str:
+    """A p-value with three decimals; empty where there is none."""
+    if pd.isna(p):
+        return ""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def enumerate_words(words: Iterable[str]) -> str:
+    """ "a", "a and b", "a, b and c"."""
+    parts = list(words)
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One measure on one backbone: every scaled arm against its unscaled arm."""
+
+    line: str
+    measure: Measure
+    rows: pd.DataFrame  # ordered from the most to the least stable, as seen
+
+    @property
+    def tested(self) -> bool:
+        return bool(self.rows["p_holm"].notna().any())
+
+    def with_verdict(self, verdict: str) -> pd.DataFrame:
+        return self.rows[self.rows["verdict"] == verdict]
+
+    @property
+    def best(self) -> pd.Series | None:
+        """The arm with the best factor among those shown to be more stable."""
+        shown = self.with_verdict("more stable")
+        return None if shown.empty else shown.iloc[0]
+
+    def gain(self, row: pd.Series) -> float:
+        """How many times more stable the arm is: above 1 on the measure's better side."""
+        return 1 / row["factor"] if self.measure.better == "lower" else row["factor"]
+
+
+def _cells(tables: Tables) -> list[_Cell]:
+    rows = tables.stability
+    rows = rows[(rows["against"] == "none") & rows["factor"].notna()]
+    answer = []
+    for line in style.order_lines(rows["line"]):
+        for measure in MEASURES.values():
+            here = rows[(rows["line"] == line) & (rows["measure"] == measure.name)]
+            if len(here):
+                ordered = here.sort_values(
+                    ["factor", "arm"], ascending=[measure.better == "lower", True]
+                )
+                answer.append(_Cell(line, measure, ordered))
+    return answer
+
+
+def stability_answer(tables: Tables) -> StabilityAnswer:
+    """Which scaling is most stable, where, by how much, how surely, and what ScaleLong says."""
+    cells = _cells(tables)
+    several = len({target for cell in cells for target in cell.rows["target"]}) > 1
+    by_line: dict[str, list[_Cell]] = {}
+    for cell in cells:
+        by_line.setdefault(cell.line, []).append(cell)
+    findings = scalelong_findings(tables) if cells else []
+    shown = [m for m in MEASURES.values() if any(cell.measure is m for cell in cells)]
+    return StabilityAnswer(
+        summary=_stability_summary(tables, cells, by_line, findings),
+        backbones=[
+            (style.line_label(line), _backbone_sentence(part, several))
+            for line, part in by_line.items()
+        ],
+        findings=findings,
+        measures=[measure.label for measure in shown],
+        matrix=[
+            (
+                style.line_label(line),
+                [
+                    _matrix_cell(next((c for c in part if c.measure is measure), None), several)
+                    for measure in shown
+                ],
+            )
+            for line, part in by_line.items()
+        ],
+    )
+
+
+def _matrix_cell(cell: _Cell | None, several: bool) -> dict[str, str]:
+    """The most stable scaling of a measure on a backbone, in few words."""
+    if cell is None:
+        return {"text": "", "small": "not measured", "word": "", "worse": ""}
+    best, first = cell.best, cell.rows.iloc[0]
+    row = first if best is None else best
+    worse = ", ".join(
+        f"{_arm_words(lost, several)} × {lost['factor']:.3g}"
+        for _, lost in cell.with_verdict("less stable").iterrows()
+    )
+    if best is not None:
+        small = f"Holm p {p_text(best['p_holm'])}"
+    elif cell.tested:
+        small = f"not shown; × {cell.rows['detectable_factor'].median():.3g} could be seen"
+    else:
+        small = "no test"
+    seen = best is not None or cell.gain(first) > 1
+    return {
+        "text": f"{_arm_words(row, several)} ×\N{NO-BREAK SPACE}{row['factor']:.3g}"
+        if seen
+        else "no scaling",
+        "small": small,
+        "word": "" if best is None else "better",
+        "worse": f"less stable: {worse}" if worse else "",
+    }
+
+
+def _arm_words(row: pd.Series, several_targets: bool) -> str:
+    words = style.scaling_label(row["skip_scaling"])
+    return f"{words}, {style.target_label(row['target'])}" if several_targets else words
+
+
+def _factor_words(row: pd.Series) -> str:
+    text = f"× {row['factor']:.3g}"
+    if pd.notna(row["factor_low"]):
+        text += f" [{row['factor_low']:.3g}, {row['factor_high']:.3g}]"
+    return text
+
+
+def _backbone_sentence(cells: list[_Cell], several: bool) -> str:
+    """One backbone: what was shown, what was not and could have been, what got worse."""
+    shown, unseen, untested, worse = [], [], [], []
+    for cell in cells:
+        best = cell.best
+        first = cell.rows.iloc[0]
+        if best is not None:
+            shown.append(
+                f"{cell.measure.label} most stable with {_arm_words(best, several)}: "
+                f"{_factor_words(best)}, Holm p {p_text(best['p_holm'])} ({best['n_pairs']} pairs)"
+            )
+        elif cell.tested:
+            detectable = cell.rows["detectable_factor"].median()
+            unseen.append(
+                f"{cell.measure.label} (seen best: {_arm_words(first, several)}, "
+                f"× {first['factor']:.3g}"
+                + (f", Holm p {p_text(first['p_holm'])}" if pd.notna(first["p_holm"]) else "")
+                + f"; a factor of about {detectable:.3g} could have been seen)"
+            )
+        else:
+            untested.append(
+                f"{cell.measure.label} (seen best: "
+                + (
+                    f"{_arm_words(first, several)}, × {first['factor']:.3g})"
+                    if cell.gain(first) > 1
+                    else "no scaling)"
+                )
+            )
+        lost = cell.with_verdict("less stable")
+        worse += [
+            f"{cell.measure.label} with {_arm_words(row, several)} ({_factor_words(row)}, "
+            f"Holm p {p_text(row['p_holm'])})"
+            for _, row in lost.iterrows()
+        ]
+    parts = ["; ".join(shown)] if shown else []
+    parts += [f"no scaling is shown to be more stable in {'; '.join(unseen)}"] if unseen else []
+    parts += [f"less stable than no scaling: {'; '.join(worse)}"] if worse else []
+    parts += [f"without a test: {'; '.join(untested)}"] if untested else []
+    text = ". ".join(part[0].upper() + part[1:] for part in parts)
+    return f"{text}."
+
+
+def _stability_summary(
+    tables: Tables,
+    cells: list[_Cell],
+    by_line: dict[str, list[_Cell]],
+    findings: list[Finding],
+) -> list[str]:
+    if not cells:
+        if tables.stability.empty:
+            return []
+        none = (
+            "No scaled arm stands beside its unscaled arm here: this study tells no scalings apart."
+        )
+        return [none, *_target_sentence(tables), _divergence_sentence(tables)]
+    tested = [cell for cell in cells if cell.tested]
+    counted = sorted({int(n) for cell in cells for n in cell.rows["n_pairs"]})
+    pairs_text = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
+    answer = []
+    if tested:
+        shown = [(cell, cell.best) for cell in tested if cell.best is not None]
+        text = (
+            f"In {len(shown)} of {len(tested)} combinations of backbone and measure some scaling "
+            "is shown to be more stable than no scaling"
+        )
+        if shown:
+            leaders = pd.Series([style.scaling_label(row["skip_scaling"]) for _, row in shown])
+            gains = sorted(cell.gain(row) for cell, row in shown)
+            counts = [f"{label} in {n}" for label, n in _ranked(leaders)]
+            text += f"; the most stable one there is {enumerate_words(counts)}, " + (
+                f"by a factor of {gains[0]:.3g}"
+                if len(gains) == 1
+                else f"by factors from {gains[0]:.3g} to {gains[-1]:.3g}"
+            )
+        answer.append(f"{text}.")
+        where = [
+            f"{style.line_label(line)} ({sum(c.best is not None for c in part)} of "
+            f"{sum(c.tested for c in part)} measures)"
+            for line, part in by_line.items()
+            if any(cell.tested for cell in part)
+        ]
+        answer.append(f"By backbone: {', '.join(where)}.")
+        lost = [
+            (cell, row) for cell in tested for _, row in cell.with_verdict("less stable").iterrows()
+        ]
+        if lost:
+            places = {(cell.line, cell.measure.name) for cell, _ in lost}
+            counts = _ranked(
+                pd.Series([style.scaling_label(row["skip_scaling"]) for _, row in lost])
+            )
+            answer.append(
+                f"In {len(places)} of {len(tested)} combinations some scaling is shown to be less "
+                "stable than no scaling: "
+                f"{enumerate_words(f'{label} in {n}' for label, n in counts)}."
+            )
+        else:
+            answer.append("Nowhere is a scaling shown to be less stable than no scaling.")
+        factors = pd.concat([cell.rows["detectable_factor"] for cell in tested]).dropna()
+        answer.append(
+            f"How sure: paired t-tests of log ratios over {pairs_text} pairs of runs with equal "
+            "seeds, Holm-corrected over the tests of one measure on one backbone, 5 %. Where "
+            f"nothing is shown, a true factor below about {factors.median():.3g} would mostly have "
+            "gone unseen (median over all tests, before Holm's correction). Each combination may "
+            "still show a difference by chance, one in twenty if there is none anywhere."
+        )
+    else:
+        seen = [
+            style.scaling_label(cell.rows.iloc[0]["skip_scaling"])
+            if cell.gain(cell.rows.iloc[0]) > 1
+            else "no scaling"
+            for cell in cells
+        ]
+        counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(seen))]
+        answer.append(
+            "No test of stability is possible: a test needs at least two pairs of runs. As seen, "
+            f"without a test, the most stable one in {len(cells)} combinations of backbone and "
+            f"measure is {enumerate_words(counts)}."
+        )
+    answer += _target_sentence(tables)
+    answer.append(_divergence_sentence(tables))
+    return [*answer, f"Does it agree with ScaleLong? {_agreement(findings)}"]
+
+
+def _agreement(findings: list[Finding]) -> str:
+    """Which claims were reproduced, which were not, and of which the study cannot tell."""
+    words: dict[str, list[str]] = {}
+    for finding in findings:
+        words.setdefault(finding.word, []).append(finding.claim)
+    if set(words) == {UNTESTABLE}:
+        return f"None of its {len(findings)} claims below is testable at this budget."
+    return " ".join(
+        f"{word.capitalize()}: {'; '.join(words[word])}."
+        for word in (REPRODUCED, CONTRADICTED, UNTESTABLE)
+        if word in words
+    )
+
+
+def _target_sentence(tables: Tables) -> list[str]:
+    """What stable targets do to the same measures, where the study has them."""
+    rows = tables.stability
+    rows = rows[(rows["against"] == "dsm") & rows["factor"].notna()]
+    if rows.empty:
+        return []
+    intro = "STF against DSM at the same backbone and scaling"
+    tested = rows[rows["p_holm"].notna()]
+    if tested.empty:
+        lower = rows["better"] == "lower"
+        steadier = int(((rows["factor"] < 1) == lower)[rows["factor"] != 1].sum())
+        return [
+            f"{intro}: no test is possible; as seen, {steadier} of {len(rows)} factors are on the "
+            "more stable side."
+        ]
+    parts = []
+    for verdict in ("more stable", "less stable"):
+        here = tested[tested["verdict"] == verdict]
+        counts = [f"{MEASURES[name].label} {n}" for name, n in _ranked(here["measure"])]
+        parts.append(f"{verdict} in {len(here)}" + (f" ({', '.join(counts)})" if counts else ""))
+    return [f"{intro}: of {len(tested)} tests {', '.join(parts)}, no difference shown in the rest."]
+
+
+def _ranked(values: pd.Series) -> list[tuple[str, int]]:
+    """Values by how often they occur, most often first, equals by name."""
+    counts = values.value_counts()
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+
+
+def _divergence_sentence(tables: Tables) -> str:
+    runs = tables.runs[tables.runs["status"].isin(["done", "diverged"])]
+    lost = runs["status"] == "diverged"
+    if not lost.any():
+        return (
+            f"None of the {len(runs)} training runs that ended diverged, so divergence tells no "
+            "arms apart at this learning rate and length."
+        )
+    counts = [
+        f"{style.scaling_label(scaling)} {int(lost[here].sum())} of {int(here.sum())}"
+        for scaling in style.order_scalings(runs["skip_scaling"])
+        for here in [runs["skip_scaling"] == scaling]
+    ]
+    rows = tables.stability
+    rows = rows[(rows["measure"] == "diverged") & (rows["against"] == "none")]
+    shown = int(rows["verdict"].isin(["more stable", "less stable"]).sum())
+    tests = int(rows["p_holm"].notna().sum())
+    return (
+        f"Training runs that diverged, by scaling: {', '.join(counts)}; "
+        f"{shown} of {tests} arms that Fisher's exact test could judge differ from the unscaled "
+        "arm. All other measures hold the runs that finished."
+    )
+
+
+def scalelong_findings(tables: Tables) -> list[Finding]:
+    """ScaleLong's claims about stability, judged on the DSM arms, backbone by backbone.
+
+    A claim is reproduced on a backbone where at least one scaling is shown to be more stable and
+    none less; not reproduced where one is shown to be less stable; else the study cannot tell.
+    It is reproduced as a whole where that holds on every backbone that could tell.
+    """
+    figure = "ScaleLong, figure 1"
+    claims = [
+        ("scaled long skips keep the decoder's features smaller", figure, "feature_norm"),
+        ("scaled long skips make features oscillate less", figure, "oscillation_feature_norm"),
+        (
+            "scaled long skips make gradients oscillate less",
+            "ScaleLong, abstract",
+            "oscillation_grad_norm",
+        ),
+        (
+            "scaled long skips make the loss oscillate less",
+            "ScaleLong, abstract",
+            "oscillation_loss",
+        ),
+        (
+            "scaled long skips make the noise prediction less sensitive to its input",
+            "ScaleLong, abstract",
+            "robustness_gain",
+        ),
+    ]
+    rows = tables.stability
+    rows = rows[(rows["against"] == "none") & rows["factor"].notna()]
+    if (rows["target"] == "dsm").any():
+        rows = rows[rows["target"] == "dsm"]
+    answer = []
+    for claim, source, measure in claims:
+        here = rows[rows["measure"] == measure]
+        if here.empty:
+            reason = f"this study has no measure of the {MEASURES[measure].label}"
+            answer.append(Finding(claim, source, UNTESTABLE, f"{reason}."))
+            continue
+        words = {
+            line: (list(part["verdict"]), float(part["detectable_factor"].median()))
+            for line, part in here.groupby("line")
+        }
+        word, reason = _judge(words)
+        seen = int((here["factor"] < 1).sum())
+        reason += (
+            f" Seen, tested or not: a factor below 1 in {seen} of {len(here)} scaled arms, "
+            f"median × {here['factor'].median():.3g}."
+        )
+        answer.append(Finding(claim, source, word, reason + _published_factors(measure)))
+    answer.append(_order_finding(tables))
+    answer.append(
+        Finding(
+            "training is about 1.5 times faster",
+            "ScaleLong, abstract",
+            UNTESTABLE,
+            "quality is measured once, at the end of training, so no time to a given quality is "
+            "known.",
+        )
+    )
+    return answer
+
+
+def _judge(words: Mapping[str, tuple[list[str], float]]) -> tuple[str, str]:
+    """The word for a claim and its reason, from the verdicts of the arms of every backbone."""
+    sides: dict[str, list[str]] = {"for": [], "against": [], "open": [], "untested": []}
+    factors = []
+    for line in style.order_lines(words):
+        verdicts_here, detectable = words[line]
+        if set(verdicts_here) <= {"no test"}:
+            side = "untested"
+        elif "less stable" in verdicts_here:
+            side = "against"
+        elif "more stable" in verdicts_here:
+            side = "for"
+        else:
+            side = "open"
+            factors.append(detectable)
+        sides[side].append(style.line_label(line))
+    if sides["against"]:
+        word = CONTRADICTED
+    else:
+        word = REPRODUCED if sides["for"] else UNTESTABLE
+    total = len(words)
+
+    def where(side: str, text: str) -> list[str]:
+        names = sides[side]
+        if not names:
+            return []
+        these = "" if len(names) == total > 1 else f" ({', '.join(names)})"
+        return [f"{text} on {len(names)} of {total} backbones{these}"]
+
+    parts = where("for", "holds for at least one scaling and fails for none")
+    parts += where("against", "the opposite is shown for some scaling")
+    parts += where("open", "no difference shown")
+    if factors:
+        known = [factor for factor in factors if not math.isnan(factor)]
+        parts[-1] += f", where a factor of about {np.median(known):.3g} could have been seen"
+    parts += where("untested", "no test is possible")
+    text = "; ".join(parts)
+    return word, f"{text[0].upper()}{text[1:]}."
+
+
+def _published_factors(measure: str) -> str:
+    """The paper's own factors for a measure, if its figure can be read."""
+    if measure != "feature_norm":
+        return ""
+    texts = []
+    for depth in ("12", "16"):
+        levels = {
+            number.method: number.number
+            for number in published.numbers(paper="ScaleLong", table_or_figure="Fig 1")
+            if number.setting == "28K iters" and number.model.endswith(f"depth={depth}")
+        }
+        plain = levels.pop("Org", None)
+        if plain:
+            factors = [f"{method} × {level / plain:.2f}" for method, level in levels.items()]
+            texts.append(f"depth {depth}: {', '.join(factors)}")
+    return f" Read off the paper's figure: {'; '.join(texts)}." if texts else ""
+
+
+def _order_finding(tables: Tables) -> Finding:
+    """Whether constant and learned scaling keep features smaller than 1/√2 does."""
+    claim = "CS and LS keep the decoder's features smaller than 1/√2 does"
+    rows = tables.measures
+    values = rows[rows["measure"] == "feature_norm"].set_index("run")["value"].dropna()
+    runs = tables.runs
+    if (runs["target"] == "dsm").any():
+        runs = runs[runs["target"] == "dsm"]
+    words = {}
+    for line, part in runs.groupby("line"):
+        found = []
+        for scaling in style.order_scalings(part["skip_scaling"]):
+            if style.method(scaling) in ("cs", "ls", "ls_unshared"):
+                both = pairs(replace(tables, runs=part), values, "skip_scaling", scaling, HALF)
+                if len(both):
+                    found.append(paired(both["log_ratio"]))
+        if found:
+            adjusted = holm([result.p for result in found])
+            words[line] = (
+                [
+                    "no test"
+                    if math.isnan(p)
+                    else "no difference shown"
+                    if p >= 0.05
+                    else ("more stable" if result.mean < 0 else "less stable")
+                    for result, p in zip(found, adjusted, strict=True)
+                ],
+                float(np.exp(np.median([result.detectable for result in found]))),
+            )
+    if not words:
+        return Finding(
+            claim, "ScaleLong, figure 1", UNTESTABLE, "no backbone has both kinds of arm."
+        )
+    return Finding(claim, "ScaleLong, figure 1", *_judge(words))
+
+
+# --- what a stable target means for a network that knows the class --------------------------------
+
+
+def label_bias(tables: Tables) -> str | None:
+    """The sentence about stable targets and labels, where a study trains such arms."""
+    runs = tables.runs
+    both = runs[(runs["target_kind"] == "stf") & (runs["conditional"] == "true")]
+    if both.empty:
+        return None
+    arms = both["arm"].nunique()
+    return (
+        f"{arms} arm{' is' if arms == 1 else 's are'} class-conditional and trained on stable "
+        "targets: the published stable target averages over a reference batch without regard to "
+        "labels, so it aims at the mean clean image given the noisy one, not given its class as "
+        "well, and is biased for a class-conditional network; a difference between STF and DSM "
+        "there mixes that bias with the lower variance."
+    )

@@ -11,7 +11,9 @@ import pandas as pd
 
 from study import published
 from study.analysis import style
+from study.analysis.claims import label_bias, p_text, stability_answer
 from study.analysis.figures import FIGURES, measured, short
+from study.analysis.stability import MEASURES, Measure
 from study.analysis.tables import Tables, better
 from study.files import read_json, write_bytes, write_text
 
@@ -29,7 +31,21 @@ SECTIONS = {
     "skip_norms": "skips",
     "skip_factors": "skips",
     "gates": "skips",
+    "block_norms": "skips",
+    "stability": "stability",
+    "stability_frontier": "stability",
+    "robustness": "stability",
+    "robustness_by_size": "stability",
+    "scaling_law_recursion": "theory",
+    "scaling_law_backbones": "theory",
+    "target_variance": "targets",
+    "stable_target_bias": "targets",
+    "optimal_denoiser": "targets",
+    "spectral_energy": "targets",
+    "representation_similarity": "representation",
+    "feature_spectra": "representation",
     "cost": "cost",
+    "compute_cost": "cost",
     "divergence": "divergence",
 }
 
@@ -75,12 +91,6 @@ def interval(low: float, high: float, like: float, form: Any = short) -> str:
     return "" if pd.isna(low) else f"[{form(low, like)}, {form(high, like)}]"
 
 
-def p_text(p: float) -> str:
-    if pd.isna(p):
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
 def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", "\N{NO-BREAK SPACE}")
 
@@ -96,6 +106,7 @@ class _Page:
         self.metrics = tables.metric_names()
         self.metric = self.metrics[0] if self.metrics else None
         self.config = manifest.get("config") or {}
+        self.answer = stability_answer(tables)
 
     def context(self) -> dict[str, Any]:
         study = self.manifest["study"]
@@ -124,6 +135,9 @@ class _Page:
             "footnotes": self.footnotes(),
             "summary": self.summary(),
             "comparisons": self.comparisons(),
+            "stability": self.answer,
+            "stability_tables": self.stability_tables(),
+            "label_bias": label_bias(self.tables),
             "cost": self.cost(),
             "diverged": self.diverged(),
             "published": self.published(),
@@ -198,6 +212,8 @@ class _Page:
                     f"None of the {len(rows)} arms could be tested against the unscaled DSM arm: "
                     "a test needs at least two seeds. Differences below are shown, not claimed."
                 )
+        if self.answer.matrix:
+            answer.append(f"Stability: {self.answer.summary[0]}")
         return answer
 
     def best(self) -> list[dict[str, Any]]:
@@ -250,6 +266,13 @@ class _Page:
     def caveats(self) -> list[str]:
         """What these numbers cannot say."""
         answer = []
+        wrong = self.tables.qc[self.tables.qc["severity"] == "error"]
+        if len(wrong):
+            kinds = ", ".join(sorted(set(wrong["check"])))
+            answer.append(
+                f"The checks at the end of this page found {count(len(wrong), 'error')} ({kinds}): "
+                "read them before any number."
+            )
         seeds = self.runs.groupby("arm")["run"].count()
         rows = self.tables.comparisons
         rows = rows[rows["metric"] == (self.metric or "")]
@@ -292,8 +315,11 @@ class _Page:
         if (self.runs["status"] == "diverged").any():
             answer.append(
                 "Means and tests hold the runs that finished; an arm that partly diverged looks "
-                "better than it is."
+                "better, and steadier, than it is."
             )
+        bias = label_bias(self.tables)
+        if bias:
+            answer.append(bias)
         answer.append(
             "Times are wall-clock times of the device named beside them; runs that shared the "
             "machine with others are slower."
@@ -416,6 +442,82 @@ class _Page:
             }
             for row in rows
         ]
+
+    def stability_tables(self) -> list[dict[str, Any]]:
+        """The rows of ``stability.csv`` by measure: against the unscaled arms, and against DSM."""
+        order = {row["arm"]: row for row in self.arm_rows()}
+        place = {arm: index for index, arm in enumerate(order)}
+        table = self.tables.stability
+        answer = []
+        for name, measure in MEASURES.items():
+            here = table[table["measure"] == name]
+            if here.empty:
+                continue
+            rows = sorted(here.to_dict("records"), key=lambda row: place[row["arm"]])
+            cells = [{**order[row["arm"]], **self.stability_cells(row, measure)} for row in rows]
+            answer.append(
+                {
+                    "name": name,
+                    "label": measure.label,
+                    "words": measure.words,
+                    "better": measure.better,
+                    "ratio": measure.ratio,
+                    "scalings": self.with_every_arm(cells),
+                    "targets": [row for row in cells if row["against"] == "dsm"],
+                }
+            )
+        return answer
+
+    @staticmethod
+    def with_every_arm(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Comparisons with the unscaled arms; those arms themselves are there with their mean."""
+        scaled = {row["arm"] for row in cells if row["against"] == "none"}
+        compared = ("pairs", "factor", "interval", "p", "holm", "holm_value", "detectable")
+        blank = dict.fromkeys((*compared, "verdict"), "")
+        answer = []
+        for row in cells:
+            if row["against"] == "dsm" and row["arm"] not in scaled:
+                answer.append({**row, **blank, "note": "the unscaled arm"})
+            elif row["against"] != "dsm":
+                note = row["note"] or ("" if row["against"] else "the unscaled arm")
+                answer.append({**row, "note": note})
+        return answer
+
+    @staticmethod
+    def stability_cells(row: Mapping[str, Any], measure: Measure) -> dict[str, Any]:
+        """One row of ``stability.csv`` in words."""
+
+        def number(value: float) -> str:
+            return "" if pd.isna(value) else f"{value:.3g}"
+
+        ends = (number(row["factor_low"]), number(row["factor_high"]))
+        if measure.ratio:
+            mean = short(row["mean"]) if pd.notna(row["mean"]) else ""
+            small = interval(row["mean_low"], row["mean_high"], row["mean"])
+        else:
+            mean = f"{row['n_diverged']} of {row['n']}"
+            small = ""
+        lost = int(row["n_diverged"]) if measure.ratio else 0
+        absent = int(row["n_missing"])
+        apart = [f"{lost} diverged"] if lost else []
+        apart += [f"{absent} missing"] if absent else []
+        return {
+            "against": row["against"],
+            "n": row["n"],
+            "apart": ", ".join(apart),
+            "mean": mean,
+            "small": small,
+            "value": number(row["mean"]),
+            "pairs": "" if pd.isna(row["n_pairs"]) else row["n_pairs"],
+            "factor": number(row["factor"]),
+            "interval": f"[{ends[0]}, {ends[1]}]" if ends[0] else "",
+            "p": p_text(row["p_value"]),
+            "holm": p_text(row["p_holm"]),
+            "holm_value": "" if pd.isna(row["p_holm"]) else row["p_holm"],
+            "detectable": number(row["detectable_factor"]),
+            "verdict": row["verdict"],
+            "note": row["note"],
+        }
 
     def cost(self) -> list[dict[str, Any]]:
         """Means per arm over the runs that finished."""

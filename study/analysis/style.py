@@ -95,11 +95,25 @@ def scaling_label(scaling: str) -> str:
     return f"CS {found.group(1)}" if found else SCALINGS.get(scaling, scaling)
 
 
+def _backbone(line: str) -> tuple[str, str]:
+    """The backbone that a line's first word stands for, and what the name adds.
+
+    "uvit_deep" gives ("uvit", "deep"); a name that begins with no known backbone is its own.
+    """
+    word = re.split(r"[( ]", line)[0]
+    for name in sorted(BACKBONES, key=len, reverse=True):
+        if word == name or word.startswith(f"{name}_"):
+            return name, word[len(name) + 1 :].replace("_", " ")
+    return word, ""
+
+
 def line_label(line: str) -> str:
     """The proper name of a backbone, with whatever else tells its rows apart."""
     first, *rest = line.split(" / ")
-    name, bracket, options = first.partition("(")
-    return " / ".join([BACKBONES.get(name, name) + bracket + options, *rest])
+    word, bracket, options = first.partition("(")
+    name, more = _backbone(word)
+    shown = f"{BACKBONES.get(name, name)} {more}".strip()
+    return " / ".join([shown + bracket + options, *rest])
 
 
 def target_label(target: str) -> str:
@@ -132,7 +146,7 @@ def order_lines(lines: Iterable[str]) -> list[str]:
     known = list(BACKBONES)
 
     def rank(line: str) -> tuple:
-        name = re.split(r"[( ]", line)[0]
+        name, _ = _backbone(line)
         return known.index(name) if name in known else len(known), line
 
     return sorted(set(lines), key=rank)
@@ -182,6 +196,18 @@ def footer(fig: Figure, text: str) -> None:
     )
 
 
+def _settle(fig: Figure) -> None:
+    """Round the layout: its solver's last digits differ from build to build, and ids in an SVG are
+    hashes of exact positions.
+    """
+    for part in fig.subfigs:
+        part.bbox_relative.p0 = part.bbox_relative.p0.round(6)
+        part.bbox_relative.p1 = part.bbox_relative.p1.round(6)
+    for axes in fig.axes:
+        bounds = axes.get_position(original=True).bounds
+        axes.set_position([round(number, 6) for number in bounds])
+
+
 def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[str]:
     """Write a figure in each format, without dates, so that equal figures are equal bytes."""
     paths = []
@@ -194,6 +220,7 @@ def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[
         # The layout is the slow part and the same for every format: make it once.
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
+        _settle(fig)
         for suffix in formats:
             path = f"{path_without_suffix}.{suffix}"
             with atomic(path) as temporary:

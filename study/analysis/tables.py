@@ -11,16 +11,17 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from study.analysis import statistics
+from study.analysis import stability, statistics
 from study.arms import complete
 from study.files import UserError, atomic, canonical_json, read_json
+from study.probes.options import OPTIONS
 
 AXES = ["backbone", "skip_scaling", "target", "formulation"]
 ARM = ["arm", *AXES, "variant", "line"]
@@ -33,15 +34,15 @@ def _names(text: str) -> list[str]:
 
 COLUMNS = {
     "runs": _names("""
-        run display {arm} family method target_kind seed data_seed init_seed noise_seed dataset
-        dataset_note status step steps reason last_finite_step last_finite_loss
+        run display {arm} family method target_kind conditional seed data_seed init_seed noise_seed
+        dataset dataset_note status step steps reason last_finite_step last_finite_loss
         last_finite_grad_norm final_loss parameters skips skip_factors images_seen generation
         evaluation images sampling_seed sampler nfe git_commit git_changed device torch_version
         versions"""),
     "metrics": _names("""
         run {arm} seed status metric base extractor images value identity note"""),
     "summary": _names("""
-        {arm} metric identity better n mean standard_deviation minimum maximum ci_low ci_high
+        {arm} metric identity better n mean standard_deviation min_of_n max_of_n ci_low ci_high
         n_runs n_diverged n_missing"""),
     "comparisons": _names("""
         {arm} baseline metric identity better n_pairs n_diverged_pairs mean_difference ci_low
@@ -53,6 +54,11 @@ COLUMNS = {
     "dynamics": _names("run quantity where step value raw minimum maximum points"),
     "oscillation": _names("""
         run quantity where window_first_step window_last_step points level oscillation"""),
+    "measures": _names("run {arm} seed status measure value better note"),
+    "stability": _names("""
+        {arm} measure better against baseline n mean mean_low mean_high n_runs n_diverged n_missing
+        test n_pairs n_diverged_pairs factor factor_low factor_high p_value p_holm tests_in_family
+        detectable_factor verdict note"""),
     "qc": _names("severity check run detail"),
 }
 INTEGERS = set(
@@ -63,12 +69,16 @@ INTEGERS = set(
 )
 NUMBERS = set(
     _names("""
-        last_finite_loss last_finite_grad_norm final_loss value raw minimum maximum mean
-        standard_deviation ci_low ci_high mean_difference p_value p_holm detectable_difference
+        last_finite_loss last_finite_grad_norm final_loss value raw minimum maximum mean min_of_n
+        max_of_n standard_deviation ci_low ci_high mean_low mean_high mean_difference p_value
+        p_holm detectable_difference factor factor_low factor_high detectable_factor
         train_seconds train_images_per_second median_step_seconds train_peak_memory_mib
         generate_seconds generate_images_per_second generate_peak_memory_mib level oscillation""")
 )
-TABLES = ("runs", "metrics", "identities", "summary", "comparisons", "cost", "oscillation", "qc")
+TABLES = (
+    *("runs", "metrics", "identities", "summary", "comparisons", "cost"),
+    *("oscillation", "measures", "stability", "qc"),
+)
 
 # Points that are kept of one curve: a quantity of the whole network, or one of many places.
 CURVE_POINTS, PLACE_POINTS = 60, 30
@@ -111,8 +121,12 @@ class Tables:
     comparisons: pd.DataFrame
     cost: pd.DataFrame
     oscillation: pd.DataFrame
+    measures: pd.DataFrame
+    stability: pd.DataFrame
     qc: pd.DataFrame
     dynamics: pd.DataFrame
+    probes: dict[str, pd.DataFrame] = field(default_factory=dict)
+    """By kind: the rows of a probe, with a column ``run`` where it looks at runs or arms."""
 
     @classmethod
     def read(cls, folder: str | Path, results: str | Path | None = None) -> "Tables":
@@ -129,6 +143,10 @@ class Tables:
         if not path.is_file():
             raise UserError(f"{path}: no such table; `study aggregate` writes it")
         frames["dynamics"] = pd.read_parquet(path)
+        frames["probes"] = {
+            path.stem.removeprefix("probe_"): pd.read_parquet(path)
+            for path in sorted(folder.glob("probe_*.parquet"))
+        }
         return cls(folder, None if results is None else Path(results), **frames)
 
     def only(self, **axes: Any) -> "Tables":
@@ -141,13 +159,29 @@ class Tables:
             values = [wanted] if isinstance(wanted, str | int) else list(wanted)
             runs = runs[runs[column].isin(values)]
         changed: dict[str, Any] = {"runs": runs}
-        for field in fields(self):
-            frame = getattr(self, field.name)
-            if field.name in ("runs", "qc", "identities") or not isinstance(frame, pd.DataFrame):
+        for part in fields(self):
+            frame = getattr(self, part.name)
+            if part.name in ("runs", "qc", "identities") or not isinstance(frame, pd.DataFrame):
                 continue
             column = "run" if "run" in frame.columns else "arm"
-            changed[field.name] = frame[frame[column].isin(set(runs[column]))]
+            changed[part.name] = frame[frame[column].isin(set(runs[column]))]
+        changed["probes"] = {
+            kind: frame[frame["run"].isin(set(runs["run"]))] if "run" in frame.columns else frame
+            for kind, frame in self.probes.items()
+        }
         return replace(self, **changed)
+
+    def probe(self, kind: str) -> pd.DataFrame:
+        """The rows of a probe, with the words of their runs; empty where it was not made.
+
+        Rows of runs get the columns of ``runs`` that say which arm they belong to (``arm``,
+        ``line``, ``backbone``, ``family``, ``skip_scaling``, ``target``, ``seed``, ``status``).
+        """
+        frame = self.probes.get(kind, pd.DataFrame())
+        if "run" not in frame.columns or frame.empty:
+            return frame
+        words = ["run", "arm", "line", "backbone", "family", "skip_scaling", "target", "seed"]
+        return frame.merge(self.runs[[*words, "status"]], on="run", validate="many_to_one")
 
     def metric_names(self) -> list[str]:
         """Every metric of the study, the leading one first.
@@ -205,9 +239,14 @@ def _write_csv(path: Path, frame: pd.DataFrame) -> None:
         frame.to_csv(temporary, index=False, float_format="%.10g", lineterminator="\n")
 
 
+def _write_parquet(path: Path, frame: pd.DataFrame) -> None:
+    with atomic(path) as temporary:
+        frame.to_parquet(temporary, index=False)
+
+
 def aggregate(manifest: str | Path | Mapping[str, Any], results: str | Path, out: str | Path):
-    """Write every table of a study into ``out``: the names of ``TABLES`` as CSV, and the thinned
-    training dynamics as ``dynamics.parquet`` and ``dynamics.csv``.
+    """Write every table of a study into ``out``: the names of ``TABLES`` as CSV, the thinned
+    training dynamics and the rows of every probe as ``.parquet`` and ``.csv``.
 
     ``manifest`` is ``study.json`` or its content; ``results`` is ``results/<study>``. Returns the
     number of runs by status. Raises ``UserError`` where runs measured one metric in two ways.
@@ -224,7 +263,9 @@ def aggregate(manifest: str | Path | Mapping[str, Any], results: str | Path, out
     runs = [_run_row(one, labels[one.run], note) for one in found]
     metrics, identities = _metric_rows(found, labels)
     summary = _summary_rows(metrics)
-    comparisons = _comparison_rows(found, labels, metrics)
+    specs = {labels[one.run]["arm"]: one.spec for one in found}
+    seeds = {one.run: canonical_json(one.seeds) for one in found}
+    comparisons = _comparison_rows(specs, seeds, metrics)
     dynamics, oscillation = _dynamics(found, problems)
 
     out.mkdir(parents=True, exist_ok=True)
@@ -235,10 +276,17 @@ def aggregate(manifest: str | Path | Mapping[str, Any], results: str | Path, out
     _write(out, "summary", summary)
     _write(out, "comparisons", comparisons)
     _write(out, "cost", [_cost_row(one, labels[one.run]) for one in found])
-    with atomic(out / "dynamics.parquet") as temporary:
-        dynamics.to_parquet(temporary, index=False)
+    _write_parquet(out / "dynamics.parquet", dynamics)
     _write_csv(out / "dynamics.csv", dynamics)
     _write(out, "oscillation", oscillation)
+    probes = _probes(manifest, found, results, problems)
+    for kind, frame in probes.items():
+        _write_parquet(out / f"probe_{kind}.parquet", frame)
+        _write_csv(out / f"probe_{kind}.csv", frame)
+    imported = {one.run for one in found if "imported" in one.train}
+    measures = stability.measure_rows(runs, oscillation, probes, imported)
+    _write(out, "measures", measures)
+    _write(out, "stability", stability.stability_rows(measures, specs, seeds))
     problems += _quality_checks(found, runs, metrics)
     order = {"error": 0, "warning": 1, "note": 2}
     problems.sort(key=lambda row: (order[row["severity"]], row["check"], row["run"], row["detail"]))
@@ -411,6 +459,7 @@ def _run_row(one: _Found, label: dict[str, str], note: str) -> dict[str, Any]:
         "data_seed": one.seeds.get("data"),
         "init_seed": one.seeds.get("init"),
         "noise_seed": one.seeds.get("noise"),
+        "conditional": str(bool((one.spec.get("training") or {}).get("conditional"))).lower(),
         "dataset": (one.spec.get("dataset") or {}).get("name", ""),
         "dataset_note": note,
         "status": one.status,
@@ -576,8 +625,8 @@ def _summary_rows(metrics: list[dict]) -> list[dict]:
                 "n": len(values),
                 "mean": float(np.mean(values)) if values else None,
                 "standard_deviation": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "minimum": min(values, default=None),
-                "maximum": max(values, default=None),
+                "min_of_n": min(values, default=None),
+                "max_of_n": max(values, default=None),
                 "ci_low": low,
                 "ci_high": high,
                 "n_runs": len(rows),
@@ -588,18 +637,18 @@ def _summary_rows(metrics: list[dict]) -> list[dict]:
     return answer
 
 
-def _comparison_rows(found: list[_Found], labels: dict, metrics: list[dict]) -> list[dict]:
+def _comparison_rows(
+    specs: dict[str, dict], seeds: dict[str, str], metrics: list[dict]
+) -> list[dict]:
     """Every arm against the unscaled DSM arm that equals it in all else, paired by seeds.
 
     Holm's correction spans the tests that share a metric and a baseline: one backbone's question.
     """
-    specs = {labels[one.run]["arm"]: one.spec for one in found}
     baselines = {
         _without(spec, "seeds", "skip_scaling", "target"): arm
         for arm, spec in sorted(specs.items())
         if spec["skip_scaling"].get("method") == "none" and spec["target"].get("kind") == "dsm"
     }
-    seeds = {one.run: canonical_json(one.seeds) for one in found}
     by_arm = {
         key: {seeds[row["run"]]: row for row in rows}
         for key, rows in _groups(metrics, "metric", "arm").items()
@@ -768,6 +817,61 @@ def _oscillation(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return rows
 
 
+# --- probes ---------------------------------------------------------------------------------------
+
+
+def _probes(
+    manifest: Mapping[str, Any], found: list[_Found], results: Path, problems: list
+) -> dict[str, pd.DataFrame]:
+    """The rows of every probe of the study; those of runs and arms say whose they are."""
+    answer = {}
+    for entry in (manifest.get("config") or {}).get("probes") or []:
+        kind = entry["kind"]
+        if OPTIONS[kind].subject in ("run", "arm"):
+            wanted = entry.get("seeds")
+            parts = {
+                one.run: one.folder / "probes" / f"{kind}.parquet"
+                for one in found
+                if wanted is None or one.axis("seed") in {str(seed) for seed in wanted}
+            }
+        else:
+            parts = {"": results / "probes" / f"{kind}.parquet"}
+        frames = []
+        for run, path in parts.items():
+            if not path.is_file():
+                detail = f"no probes/{kind}.parquet"
+                problems.append(_problem("warning", "missing probe", run, detail))
+                continue
+            try:
+                frame = pd.read_parquet(path)
+            except (OSError, ValueError) as error:
+                detail = f"probes/{path.name}: {str(error).splitlines()[0]}"
+                problems.append(_problem("error", "unreadable file", run, detail))
+                continue
+            problems += _infinite_numbers(kind, run, frame)
+            if run and len(frame.columns):
+                frame.insert(0, "run", run)
+            if len(frame):
+                frames.append(frame)
+        answer[kind] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+    return answer
+
+
+def _infinite_numbers(kind: str, run: str, frame: pd.DataFrame) -> list[dict]:
+    """A probe leaves out what it could not measure; an infinite number is a fault.
+
+    Short trainings that diverged may say so with the number they ended on.
+    """
+    if "outcome" in frame.columns:
+        frame = frame[frame["outcome"] != "diverged"]
+    numbers = frame.select_dtypes("number")
+    broken = [name for name in numbers.columns if np.isinf(numbers[name].to_numpy(float)).any()]
+    if not broken:
+        return []
+    detail = f"{kind}: infinite numbers in {', '.join(broken)}"
+    return [_problem("error", "non-finite probe", run, detail)]
+
+
 # --- quality checks -------------------------------------------------------------------------------
 
 
@@ -830,17 +934,20 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
 
 
 def _identical_weights(found: list[_Found]) -> list[dict]:
+    """Runs with equal weights: a fault where their seeds differ. Where they do not, the setting in
+    which the arms differ had no effect, and one result is counted twice.
+    """
     by_hash = defaultdict(list)
     for one in found:
-        if one.generate.get("weights_sha256"):
+        if one.generate.get("weights_sha256") and "imported" not in one.train:
             by_hash[one.generate["weights_sha256"]].append(one)
-    return [
-        _problem(
-            "error",
-            "identical weights",
-            group[0].run,
-            f"the same weights as {', '.join(one.run for one in group[1:])}",
-        )
-        for group in by_hash.values()
-        if len(group) > 1
-    ]
+    answer = []
+    for group in by_hash.values():
+        others = ", ".join(one.run for one in group[1:])
+        if len({canonical_json(one.seeds) for one in group}) > 1:
+            detail = f"the same weights as {others}"
+            answer.append(_problem("error", "identical weights", group[0].run, detail))
+        elif len(group) > 1:
+            detail = f"with the same seeds the same weights as {others}"
+            answer.append(_problem("warning", "setting without effect", group[0].run, detail))
+    return answer

@@ -262,6 +262,7 @@ def evaluate(
     *,
     weights: str | Path | None = None,
     device: Any = None,
+    code: str | None = None,
 ) -> dict[str, Any]:
     """Measure ``samples`` against the folder ``reference``; write and return ``fidelity.json``.
 
@@ -269,7 +270,8 @@ def evaluate(
     sampler, NFE, guidance, weights and precision of the sampling for the identity. ``protocol`` is
     the study's evaluation section: ``extractor`` (must be the reference's) and ``metrics``.
     ``weights`` is the extractor's file, by default the copy in the reference; it must be the one
-    that the reference was made with.
+    that the reference was made with. ``code`` is the digest of the evaluating code, which is
+    written down.
 
     ``status`` is ``skipped`` for zero images (a diverged run), else ``done``. ``metrics`` maps
     names to numbers or ``null``; ``notes`` says why a number is missing or needs care; ``spread``
@@ -307,6 +309,7 @@ def evaluate(
     record = {
         "status": status,
         "reason": reason,
+        "code": code,
         "metrics": {names[base]: score.value for base, score in scores.items()},
         "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},
         "notes": {names[b]: s.note for b, s in scores.items() if s.note is not None},

@@ -7,18 +7,50 @@ rule aggregate:
         status=collect(f"{RUN}/train/status.json", run=RUNS),
         samples=collect(f"{RUN}/generate/generate.json", run=RUNS),
         metrics=collect(f"{RUN}/evaluate/fidelity.json", run=RUNS),
+        probes=[path for kind in PROBED for path in probe_results(kind)],
     output:
-        summary=report(f"{TABLES}/summary.csv", caption="../report/summary.rst", category="Tables"),
-        comparisons=report(
-            f"{TABLES}/comparisons.csv", caption="../report/comparisons.rst", category="Tables"
+        summary=report(
+            f"{TABLES}/summary.csv",
+            caption="../report/summary.rst",
+            category="Tables",
+            labels={"table": "summary"},
         ),
-        cost=report(f"{TABLES}/cost.csv", caption="../report/cost.rst", category="Tables"),
-        qc=report(f"{TABLES}/qc.csv", caption="../report/qc.rst", category="Tables"),
+        comparisons=report(
+            f"{TABLES}/comparisons.csv",
+            caption="../report/comparisons.rst",
+            category="Tables",
+            labels={"table": "comparisons"},
+        ),
+        stability=report(
+            f"{TABLES}/stability.csv",
+            caption="../report/stability.rst",
+            category="Tables",
+            labels={"table": "stability"},
+        ),
+        measures=report(
+            f"{TABLES}/measures.csv",
+            caption="../report/measures.rst",
+            category="Tables",
+            labels={"table": "measures"},
+        ),
+        cost=report(
+            f"{TABLES}/cost.csv",
+            caption="../report/cost.rst",
+            category="Tables",
+            labels={"table": "cost"},
+        ),
+        qc=report(
+            f"{TABLES}/qc.csv",
+            caption="../report/qc.rst",
+            category="Tables",
+            labels={"table": "qc"},
+        ),
         runs=f"{TABLES}/runs.csv",
         metrics=f"{TABLES}/metrics.csv",
         identities=f"{TABLES}/identities.csv",
         dynamics=f"{TABLES}/dynamics.parquet",
         oscillation=f"{TABLES}/oscillation.csv",
+        probes=[f"{TABLES}/probe_{kind}.parquet" for kind in PROBED],
     log:
         f"{RESULTS}/logs/aggregate.log",
     conda:

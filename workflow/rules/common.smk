@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
@@ -82,6 +83,10 @@ SHOWN = arms.digest(
 )
 
 
+# The networks of all arms, in a fixed order: what a probe of the study depends on.
+NETWORKS = arms.networks(RUNS)
+
+
 def training_spec(wildcards):
     return canonical_json(arms.canonical(RUNS[wildcards.run].spec))
 
@@ -97,6 +102,10 @@ def checkpoint_path(wildcards):
 
 def generation_code(wildcards):
     return digest.generation(RUNS[wildcards.run].spec, STUDY.generation.sampler.kind)
+
+
+def probe_code(kind, wildcards):
+    return digest.probe(kind, [RUNS[wildcards.run].spec])
 
 
 def notebook_code(wildcards):

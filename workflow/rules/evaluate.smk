@@ -22,4 +22,4 @@ rule evaluate:
         protocol=EVALUATION,
         code=digest.stage("evaluate"),
     shell:
-        "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --weights={input.weights:q} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+        "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --weights={input.weights:q} --code {params.code} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

@@ -1,0 +1,388 @@
+"""Stability as numbers: one per run and measure, and every arm beside the arms it is judged by.
+
+A scaled arm is compared with the unscaled arm of the same backbone and target (the effect of the
+scaling), a stable-target arm with the DSM arm of the same backbone and scaling (the effect of the
+target), always over runs that share all seeds.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from study.analysis import statistics
+from study.files import canonical_json
+
+Row = Mapping[str, Any]
+Found = dict[str, tuple[float | None, str]]
+"""By run: the value of a measure, or None, and a remark."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number of a run that says how stable it is.
+
+    ``better`` is the side on which the more stable runs lie. ``label`` names the measure in
+    pictures and sentences, ``words`` define it. ``ratio``: positive, compared by ratios; else the
+    measure is a count of runs. ``across_targets``: arms with unlike targets can be compared.
+    """
+
+    name: str
+    better: str
+    label: str
+    words: str
+    ratio: bool = True
+    across_targets: bool = True
+
+
+_WINDOW = "over the last quarter of training, 500 steps at most"
+_BLOCK = "the output of the decoder block that takes the outermost long skip"
+_WOBBLE = f"standard deviation about a straight line through the curve {_WINDOW}, over its level"
+_GAIN = (
+    "length of the change over the length of a small perturbation of the input, at the smallest "
+    "size tried, geometric mean over noise levels"
+)
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure(
+            "feature_norm",
+            "lower",
+            "feature norm",
+            f"L2 norm of {_BLOCK}, mean over samples and {_WINDOW}; smaller counts as more "
+            "stable because ScaleLong argues so",
+        ),
+        Measure(
+            "oscillation_feature_norm",
+            "lower",
+            "oscillation of the feature norm",
+            f"the same norm's {_WOBBLE}",
+        ),
+        Measure(
+            "oscillation_loss",
+            "lower",
+            "oscillation of the loss",
+            f"its {_WOBBLE}; losses against unlike targets are not compared, because the plain "
+            "target's own variance raises their level",
+            across_targets=False,
+        ),
+        Measure(
+            "oscillation_grad_norm",
+            "lower",
+            "oscillation of the gradient norm",
+            f"its {_WOBBLE}",
+        ),
+        Measure(
+            "robustness_gain",
+            "lower",
+            "sensitivity of the noise prediction",
+            f"in the noise that a trained network predicts: {_GAIN}",
+        ),
+        Measure(
+            "network_gain",
+            "lower",
+            "sensitivity of the raw network",
+            f"in the raw output of the trained network, at its own input: {_GAIN}",
+        ),
+        Measure(
+            "largest_learning_rate",
+            "higher",
+            "largest learning rate that trains",
+            "the largest rate tried in short trainings for which it and every smaller one "
+            "trained; only whole steps between the rates tried can be seen",
+        ),
+        Measure(
+            "diverged",
+            "lower",
+            "runs that diverged",
+            "runs whose training diverged, of those that ended",
+            ratio=False,
+        ),
+    )
+}
+# Measures that are read off the end of a training curve: quantity, where, column.
+_CURVES = {
+    "feature_norm": ("decoder_norm_after", "1", "level"),
+    "oscillation_feature_norm": ("decoder_norm_after", "1", "oscillation"),
+    "oscillation_loss": ("loss", "", "oscillation"),
+    "oscillation_grad_norm": ("grad_norm", "", "oscillation"),
+}
+_GAINS = {"robustness_gain": "noise", "network_gain": "network"}
+_EVERY_RATE = "trained at every rate tried: the largest may be larger"
+
+
+# --- one number per run and measure ---------------------------------------------------------------
+
+
+def measure_rows(
+    runs: Sequence[Row],
+    oscillation: Iterable[Row],
+    probes: Mapping[str, pd.DataFrame],
+    imported: Collection[str] = (),
+) -> list[dict[str, Any]]:
+    """Rows of ``measures.csv``: every run has a row for every measure that the study has.
+
+    ``runs`` are rows of ``runs.csv``, ``oscillation`` those of ``oscillation.csv``; ``imported``
+    names runs whose weights were not trained here. A run that diverged has no end of training and
+    no trained network; its row says so and has no value.
+    """
+    found = _curve_values(runs, oscillation)
+    found |= {name: _gains(probes, space) for name, space in _GAINS.items()}
+    found["largest_learning_rate"] = _largest_rates(probes)
+    found["diverged"] = {
+        row["run"]: (None, "imported, not trained here")
+        if row["run"] in imported
+        else (float(row["status"] == "diverged"), "")
+        for row in runs
+        if row["status"] in ("done", "diverged")
+    }
+    answer = []
+    for measure in MEASURES.values():
+        values = found[measure.name]
+        if all(value is None for value, _ in values.values()):
+            continue
+        for row in runs:
+            value, note = values.get(row["run"], (None, ""))
+            if value is None and row["status"] == "diverged":
+                note = f"training diverged at step {row['step']}"
+            elif value is None and row["status"] == "done":
+                note = note or "not measured"
+            answer.append(
+                {
+                    **row,
+                    "measure": measure.name,
+                    "value": value,
+                    "better": measure.better,
+                    "note": note,
+                }
+            )
+    return answer
+
+
+def _curve_values(runs: Sequence[Row], oscillation: Iterable[Row]) -> dict[str, Found]:
+    ended = {row["run"] for row in runs if row["status"] == "done"}
+    curves = {
+        (row["run"], row["quantity"], row["where"]): row
+        for row in oscillation
+        if row["run"] in ended
+    }
+    answer: dict[str, Found] = {name: {} for name in _CURVES}
+    for name, (quantity, where, column) in _CURVES.items():
+        for run in ended:
+            row = curves.get((run, quantity, where))
+            if row is not None:
+                answer[name][run] = _positive(row[column])
+    return answer
+
+
+def _positive(value: Any) -> tuple[float | None, str]:
+    """The value if a ratio can be made of it."""
+    if value is None or pd.isna(value):
+        return None, ""
+    if not (math.isfinite(value) and value > 0):
+        return None, f"{value:g} is no positive number"
+    return float(value), ""
+
+
+def _gains(probes: Mapping[str, pd.DataFrame], space: str) -> Found:
+    """Geometric mean over noise levels of the gain at the smallest perturbation, by run."""
+    frame = probes.get("robustness", pd.DataFrame())
+    if frame.empty:
+        return {}
+    answer: Found = {}
+    for run, rows in frame[frame["space"] == space].groupby("run"):
+        gains = rows.loc[rows["relative"] == rows["relative"].min(), "gain"].to_numpy(dtype=float)
+        if np.isfinite(gains).all() and (gains > 0).all():
+            answer[run] = (statistics.geometric_mean(gains), "")
+        else:
+            answer[run] = (None, "a gain is not a positive number")
+    return answer
+
+
+def _largest_rates(probes: Mapping[str, pd.DataFrame]) -> Found:
+    frame = probes.get("stability_frontier", pd.DataFrame())
+    if frame.empty:
+        return {}
+    return {run: largest_rate(rows) for run, rows in frame.groupby("run")}
+
+
+def largest_rate(rows: pd.DataFrame) -> tuple[float | None, str]:
+    """The largest learning rate such that it and all smaller ones trained, and a remark.
+
+    ``rows`` has columns ``lr`` and ``outcome``. None where not even the smallest trained.
+    """
+    trained = rows["outcome"].eq("trained").groupby(rows["lr"]).all().sort_index()
+    failed = np.flatnonzero(~trained.to_numpy(dtype=bool))
+    if not len(failed):
+        return float(trained.index[-1]), _EVERY_RATE
+    if failed[0] == 0:
+        return None, f"not even the smallest rate tried, {trained.index[0]:g}, trained"
+    return float(trained.index[failed[0] - 1]), ""
+
+
+# --- arms against arms ----------------------------------------------------------------------------
+
+
+def stability_rows(
+    measures: Sequence[Row], specs: Mapping[str, Row], seeds: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of ``stability.csv``: every arm and measure, against each arm it is judged by.
+
+    ``specs`` holds a resolved spec per arm, ``seeds`` a text per run that is equal where all
+    seeds are. ``against`` is "none" for the unscaled arm that equals the arm in all else, "dsm"
+    for the DSM arm that does, and empty for an arm that has neither. Holm's correction spans one
+    question: the tests of one measure on one backbone against one of the two.
+    """
+    twins = {
+        "none": {
+            _rest(spec, "skip_scaling"): arm
+            for arm, spec in sorted(specs.items())
+            if spec["skip_scaling"].get("method") == "none"
+        },
+        "dsm": {
+            _rest(spec, "target"): arm
+            for arm, spec in sorted(specs.items())
+            if spec["target"].get("kind") == "dsm"
+        },
+    }
+    part = {"none": "skip_scaling", "dsm": "target"}
+    by_arm: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in measures:
+        by_arm[row["measure"], row["arm"]].append(row)
+    place = list(MEASURES)
+    answer = []
+    for (name, arm), rows in sorted(
+        by_arm.items(), key=lambda item: (place.index(item[0][0]), item[0][1])
+    ):
+        measure = MEASURES[name]
+        level = {**rows[0], "note": "", "verdict": "", **_level(rows, measure)}
+        own = {
+            against: arms.get(_rest(specs[arm], part[against])) for against, arms in twins.items()
+        }
+        others = {
+            against: twin
+            for against, twin in own.items()
+            if twin not in (None, arm) and (against == "none" or measure.across_targets)
+        }
+        for against, twin in others.items():
+            result = _compare(rows, by_arm[name, twin], seeds, measure)
+            answer.append({**level, "against": against, "baseline": twin, **result})
+        if not others:
+            note = "no unscaled arm to compare with" if own["none"] is None else ""
+            answer.append({**level, "against": "", "baseline": "", "note": note})
+    _correct(answer)
+    return answer
+
+
+def _rest(spec: Row, part: str) -> str:
+    """What two arms share that differ in ``part`` alone."""
+    return canonical_json({k: v for k, v in spec.items() if k not in ("seeds", part)})
+
+
+def _level(rows: Sequence[Row], measure: Measure) -> dict[str, Any]:
+    values = [row["value"] for row in rows if row["value"] is not None]
+    if measure.ratio:
+        mean = statistics.geometric_mean(values)
+        low, high = statistics.geometric_interval(values)
+    else:
+        mean = float(np.mean(values)) if values else math.nan
+        low = high = math.nan
+    return {
+        "n": len(values),
+        "mean": mean,
+        "mean_low": low,
+        "mean_high": high,
+        "n_runs": len(rows),
+        "n_diverged": sum(row["status"] == "diverged" for row in rows),
+        "n_missing": sum(row["status"] in ("missing", "running") for row in rows),
+    }
+
+
+def _compare(
+    rows: Sequence[Row], others: Sequence[Row], seeds: Mapping[str, str], measure: Measure
+) -> dict[str, Any]:
+    if not measure.ratio:
+        return _compare_counts(rows, others)
+    theirs = {seeds[row["run"]]: row for row in others}
+    pairs = [(row, theirs[seeds[row["run"]]]) for row in rows if seeds[row["run"]] in theirs]
+    whole = [pair for pair in pairs if all(row["value"] is not None for row in pair)]
+    result = statistics.paired_factor([math.log(a["value"] / b["value"]) for a, b in whole])
+    lost = sum(
+        any(row["value"] is None and row["status"] == "diverged" for row in pair) for pair in pairs
+    )
+    beyond = sum(row["note"] == _EVERY_RATE for row in rows)
+    notes = [result.note] if result.note else []
+    notes += [f"{lost} pair{'s' if lost > 1 else ''} left out: diverged"] if lost else []
+    notes += [f"{beyond} of {len(rows)} runs trained at every rate tried"] if beyond else []
+    return {
+        "n_pairs": result.n,
+        "n_diverged_pairs": lost,
+        "test": "paired t-test of log ratios" if math.isfinite(result.p) else "",
+        "factor": result.mean,
+        "factor_low": result.low,
+        "factor_high": result.high,
+        "p_value": result.p,
+        "detectable_factor": result.detectable,
+        "note": "; ".join(notes),
+    }
+
+
+def _compare_counts(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
+    """Diverged runs of two arms; seeds are not paired here, as counts of ended runs are."""
+    ours, theirs = ([r["value"] for r in side if r["value"] is not None] for side in (rows, others))
+    first, runs, second, more = int(sum(ours)), len(ours), int(sum(theirs)), len(theirs)
+    p, notes = math.nan, [f"{first} of {runs} against {second} of {more}"]
+    if min(runs, more) < 2:
+        notes.append("fewer than two runs: no test is possible")
+    elif first + second in (0, runs + more):
+        notes.append("all runs of both arms ended alike: nothing to test")
+    else:
+        p = statistics.fisher(first, runs, second, more)
+    least = statistics.least_count(runs, more) if min(runs, more) > 1 else None
+    if min(runs, more) > 1:
+        notes.append(
+            f"{least} of {runs} against none would be seen"
+            if least
+            else "so few runs could show no difference"
+        )
+    return {
+        "n_pairs": None,
+        "n_diverged_pairs": None,
+        "test": "Fisher's exact test" if math.isfinite(p) else "",
+        "factor": None,
+        "factor_low": None,
+        "factor_high": None,
+        "p_value": p,
+        "detectable_factor": None,
+        "note": "; ".join(notes),
+        "_side": first / runs - second / more if runs and more else math.nan,
+    }
+
+
+def _correct(rows: list[dict[str, Any]]) -> None:
+    """Add Holm's p, the number of tests behind it and the verdict to compared rows, in place."""
+    families: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        if row["against"]:
+            families[row["measure"], row["line"], row["against"]].append(row)
+    for family in families.values():
+        adjusted = statistics.holm([row["p_value"] for row in family])
+        tests = sum(math.isfinite(p) for p in adjusted)
+        for row, p in zip(family, adjusted, strict=True):
+            row["p_holm"], row["tests_in_family"] = p, tests
+            counted = row.pop("_side", None)
+            side = math.log(row["factor"]) if counted is None and row["n_pairs"] else counted
+            row["verdict"] = _verdict(side, p, row["better"])
+
+
+def _verdict(side: float | None, p_holm: float, better: str) -> str:
+    """``side`` is below zero where the arm's measure is lower than that of its twin."""
+    if side is None or not math.isfinite(p_holm):
+        return "no test"
+    if p_holm >= 1 - statistics.LEVEL:
+        return "no difference shown"
+    return "more stable" if (side < 0) == (better == "lower") else "less stable"

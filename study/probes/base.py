@@ -1,0 +1,209 @@
+"""What probes look at, what they give back, and the one way in: ``probe``."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from study.arms import complete
+from study.backbones.base import Backbone, check_attention
+from study.data import Archive, order
+from study.diffusion.base import Denoiser
+from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
+from study.network import arithmetic, build_network
+from study.probes import PROBES
+from study.probes.options import OPTIONS, ProbeOptions
+from study.provenance import Stopwatch, provenance
+from study.randomness import generator
+from study.trained import denoiser_of, load_weights
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A probe's result: tidy columns of equal length, and facts that hold for all rows.
+
+    Columns hold Python numbers, texts, or ``None`` for a missing number. Units belong into a
+    column's name or the probe's docstring.
+    """
+
+    columns: Mapping[str, Sequence[Any]]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, rows: Sequence[Mapping[str, Any]], **facts: Any) -> "Measured":
+        """From rows that all have the same keys."""
+        names = list(rows[0]) if rows else []
+        return cls({name: [row[name] for row in rows] for name in names}, facts)
+
+
+@dataclass(frozen=True)
+class DatasetSubject:
+    """A data set, and where to compute."""
+
+    archive: Archive
+    device: torch.device
+
+    def images(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """The same ``count`` images for equal seeds: x [count, C, H, W] float32 in [-1, 1] (or
+        latents) and labels [count] int64 or ``None``, on the device; with ``count`` beyond the
+        size of the data set, images return.
+        """
+        x, labels = self.archive.batch(order(seed, 0, count, len(self.archive)))
+        return x.to(self.device), None if labels is None else labels.to(self.device)
+
+    def noise(self, shape: Sequence[int], *names: int | str) -> Tensor:
+        """Standard normal numbers that are a function of ``names``, float32 on the device."""
+        return torch.randn(tuple(shape), generator=generator(*names)).to(self.device)
+
+
+@dataclass(frozen=True)
+class ArmSubject(DatasetSubject):
+    """An arm with its seeds: its resolved spec and its network at initialisation."""
+
+    spec: dict[str, Any]
+
+    def network(self, checkpointing: bool = False) -> Backbone:
+        """The network as training starts it, on the device, in training mode."""
+        check_attention(self.spec["training"]["attention"], self.device)
+        return build_network(self.spec, self.archive, checkpointing).to(self.device)
+
+    def denoiser(self, network: Backbone) -> Denoiser:
+        """D(x; sigma) of a network of this arm, in the arm's precision."""
+        return denoiser_of(self.spec, network, self.device)
+
+    def images(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
+        """As for a data set, without labels where the arm is unconditional."""
+        x, labels = super().images(count, seed)
+        return x, labels if self.spec["training"]["conditional"] else None
+
+
+@dataclass(frozen=True)
+class RunSubject(ArmSubject):
+    """A run that was trained or imported: ``train`` is its folder of weights."""
+
+    train: Path
+    status: dict[str, Any]
+
+    def network(self, checkpointing: bool = False, weights: str = "ema") -> Backbone:
+        """The trained network (``ema`` or ``raw`` weights) on the device, in evaluation mode."""
+        network = super().network(checkpointing)
+        load_weights(network, self.train, weights)
+        return network.eval()
+
+
+@dataclass(frozen=True)
+class StudySubject(DatasetSubject):
+    """A study: the resolved specs of all its runs."""
+
+    specs: tuple[dict[str, Any], ...]
+
+    def arm(self, spec: dict[str, Any]) -> ArmSubject:
+        """One of them as a subject of its own."""
+        return ArmSubject(self.archive, self.device, spec)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _write(out: Path, measured: Measured) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({name: list(values) for name, values in measured.columns.items()})
+    with atomic(out) as temporary:
+        pyarrow.parquet.write_table(table, temporary, compression="zstd")
+
+
+def probe(
+    kind: str,
+    data: str | Path,
+    out: str | Path,
+    options: Mapping[str, Any] | None = None,
+    *,
+    run_dir: str | Path | None = None,
+    spec: dict[str, Any] | None = None,
+    manifest: str | Path | None = None,
+    threads: int | None = None,
+    code: str | None = None,
+) -> dict[str, Any]:
+    """Measure with one probe; write ``out`` (Parquet, tidy) and, last, ``out`` with ``.json``.
+
+    A probe of runs takes ``run_dir`` (which holds ``train/``), one of arms takes ``spec``, one of
+    a study takes ``manifest`` (``study.json``). A run that diverged gives a table without rows
+    and the status "skipped". Returns what the JSON holds. Raises ``UserError`` for an unknown
+    probe and for a subject that is missing.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if kind not in PROBES:
+        raise UserError(f"probe: {kind!r} is unknown; allowed: {', '.join(PROBES)}")
+    from study.config import check
+
+    model = OPTIONS[kind]
+    chosen = check(model, dict(options or {}), f"{kind}.")
+    out, device, archive = Path(out), _device(), Archive(data)
+    given = {"run": run_dir, "arm": spec, "dataset": data, "study": manifest}[model.subject]
+    if given is None:
+        option = {"run": "--run-dir", "arm": "--spec", "study": "--manifest"}[model.subject]
+        raise UserError(f"probe {kind}: looks at a {model.subject}; {option} is missing")
+    facts: dict[str, Any] = {"kind": kind, "options": chosen.model_dump(mode="json")}
+    facts |= {"code": code, "data_sha256": archive.sha256}
+    subject: DatasetSubject
+    if model.subject == "run":
+        train = Path(given) / "train"
+        status = read_json(train / "status.json")
+        facts |= {"spec": status["spec"]}
+        if status["status"] == "diverged":
+            reason = f"training diverged at step {status['step']}: {status['reason']}"
+            out.parent.mkdir(parents=True, exist_ok=True)
+            _write(out, Measured({}))
+            result = {"status": "skipped", "reason": reason, **facts, "provenance": provenance()}
+            write_json(out.with_suffix(".json"), result)
+            return result
+        described = complete(status["spec"])
+        subject = RunSubject(archive, device, described, train, status)
+        facts |= {"weights_sha256": sha256(train / "weights.safetensors")}
+    elif model.subject == "arm":
+        described = complete(spec)
+        subject = ArmSubject(archive, device, described)
+        facts |= {"spec": described}
+    elif model.subject == "study":
+        specs = tuple(complete(entry["spec"]) for entry in read_json(manifest)["runs"])
+        facts |= {"networks": len({canonical_json(s["backbone"]) for s in specs})}
+        subject = StudySubject(archive, device, specs)
+    else:
+        subject = DatasetSubject(archive, device)
+    precision = getattr(subject, "spec", {"training": {"precision": "fp32"}})["training"]
+    stopwatch = Stopwatch(device)
+    with arithmetic(precision["precision"]):
+        measured = import_module(PROBES[kind]).measure(subject, chosen)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(out, measured)
+    result = {
+        "status": "done",
+        "reason": None,
+        **facts,
+        "facts": dict(measured.facts),
+        "rows": len(next(iter(measured.columns.values()), ())),
+        "seconds": stopwatch.seconds,
+        "peak_memory_mib": stopwatch.peak_memory_mib,
+        "provenance": provenance(device),
+    }
+    write_json(out.with_suffix(".json"), result)
+    return result
+
+
+__all__ = [
+    "ArmSubject",
+    "DatasetSubject",
+    "Measured",
+    "ProbeOptions",
+    "RunSubject",
+    "StudySubject",
+    "probe",
+]

@@ -1,0 +1,58 @@
+"""A run's network as training left it: its weights, and the denoiser that they make."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from study.backbones.base import Backbone
+from study.diffusion import formulations
+from study.diffusion.base import Denoiser
+from study.diffusion.split import SplitDenoiser
+from study.files import UserError
+from study.network import networks_of
+
+WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
+"""Files in a run's ``train/``: the averaged weights, and those of the last step."""
+
+
+def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Path:
+    """Load the averaged (``ema``) or last (``raw``) weights of the run in ``train``.
+
+    Returns their file. Raises ``UserError`` where it is missing or does not fit.
+    """
+    path = Path(train) / WEIGHTS[which]
+    if not path.exists():
+        raise UserError(f"{path}: missing; train the run again (delete {train})")
+    try:
+        network.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+    return path
+
+
+def denoiser_of(spec: dict[str, Any], network: Backbone, device: torch.device) -> Denoiser:
+    """D(x; sigma) of a run's network, in the precision that the run was trained in.
+
+    Of a split network it asks the part that is responsible for sigma.
+    """
+    precision = spec["training"]["precision"]
+    half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+
+    def evaluating(one: Any) -> Any:
+        def evaluate(x: Tensor, noise: Tensor, label: Tensor | None = None, **more: Any) -> Tensor:
+            with torch.autocast(device.type, dtype=half, enabled=half is not None):
+                return one(x, noise, label, **more).float()
+
+        return evaluate
+
+    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    denoisers = [
+        formulation.denoiser(evaluating(one))
+        for formulation, one in zip(made, networks_of(network), strict=True)
+    ]
+    if len(denoisers) == 1:
+        return denoisers[0]
+    return SplitDenoiser(denoisers, sorted(spec["formulation"]["splits"], reverse=True))
