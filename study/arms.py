@@ -142,6 +142,9 @@ def complete(parts: dict[str, Any]) -> dict[str, Any]:
     """
     from study.diffusion.options import OPTIONS
 
+    for section in ("dataset", "backbone", "skip_scaling", "target", "formulation", "training"):
+        if section not in parts:
+            raise UserError(f"spec: section {section!r} is missing; study.json holds whole specs")
     entry = parts["backbone"]
     model = family(entry["family"]).options
     options = with_defaults(model, entry["options"]) if model else entry["options"]
@@ -168,16 +171,29 @@ def probed(runs: dict[str, Run], probe: Probe) -> list[str]:
     return [name for name, run in runs.items() if wanted is None or run.axes["seed"] in wanted]
 
 
-def networks(runs: dict[str, Run]) -> list[dict[str, Any]]:
-    """The canonical specs without seeds and targets, each once, in a fixed order.
+def _check_probes(study: Study, runs: dict[str, Run]) -> None:
+    """Raise ``UserError`` for a probe of seeds that no run has."""
+    known = list(dict.fromkeys(run.axes["seed"] for run in runs.values()))
+    for number, probe in enumerate(study.probes):
+        for seed in probe.resolved().get("seeds") or ():
+            if str(seed) not in known:
+                raise UserError(
+                    f"probes[{number}].seeds: no run has seed {seed}; there are {', '.join(known)}"
+                )
 
-    They are what networks at initialisation depend on, however often the arms are trained.
+
+def networks(runs: dict[str, Run]) -> list[dict[str, Any]]:
+    """What the networks at initialisation depend on but scaling and seeds, each once, in order.
+
+    However long the arms are trained, and towards which target.
     """
     found = {}
     for run in runs.values():
-        spec = {k: v for k, v in canonical(run.spec).items() if k not in ("seeds", "target")}
-        spec["target"] = {"kind": "dsm"}
-        found[canonical_json(spec)] = spec
+        spec = canonical(run.spec)
+        kept = {key: spec[key] for key in ("dataset", "backbone", "formulation")}
+        training = {k: v for k, v in spec["training"].items() if k in (*KEPT, "dropout")}
+        whole = {**kept, "training": training, "target": {"kind": "dsm"}}
+        found[canonical_json(whole)] = whole
     return [found[text] for text in sorted(found)]
 
 
@@ -578,6 +594,7 @@ def runs(study: Study) -> dict[str, Run]:
                 spec=whole,
                 checkpoint=path,
             )
+    _check_probes(study, result)
     return result
 
 

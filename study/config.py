@@ -284,11 +284,11 @@ class Probe(_Registered):
 
     def settings(self) -> dict[str, Any]:
         """The options, not at their defaults, that its numbers depend on."""
-        return self._chosen(exclude={"seeds", "batch"})
+        return self._chosen(exclude={"seeds", *PROBES[self.kind].speed})
 
     def speed(self) -> dict[str, Any]:
         """The options, not at their defaults, that only its speed and memory depend on."""
-        return self._chosen(include={"batch"})
+        return self._chosen(include=set(PROBES[self.kind].speed))
 
     def _chosen(self, **which: set[str]) -> dict[str, Any]:
         model = PROBES[self.kind]
@@ -438,6 +438,10 @@ class Evaluation(Model):
     reference: Dataset | None = Field(
         None, description="Images to measure against; null = those of the data set itself."
     )
+
+    def protocol(self) -> dict[str, Any]:
+        """What a measurement depends on, as far as it is not at its default."""
+        return self.model_dump(mode="json", exclude={"weights", "reference"}, exclude_defaults=True)
 
 
 class Machine(Model):

@@ -344,31 +344,32 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     networks = Networks(results, len(found) <= COUNT_UP_TO if counting is None else counting)
     measured = Measured(sorted(results.glob("*/runs/*")), gpu)
     images = images_to_make(study, results)
-    probes = _probe_jobs(study, found, results)
+    probes = {probe.kind: _probe_seconds(probe.kind, results) for probe in study.probes}
+    looked_at = {probe.kind: set(probed(found, probe)) for probe in study.probes}
     rows = []
     for run in found.values():
         state = state_of(run, folder / run.name, study=study)
         row = _row(study, run, state, networks, measured, images)
-        if probes[run.name] is not None:
-            row.seconds["probe"] = probes[run.name]
+        again = state.state == "stale" and state.stage == "train"
+        todo = [
+            seconds
+            for kind, seconds in probes.items()
+            if run.name in looked_at[kind]
+            and (again or not (folder / run.name / "probes" / f"{kind}.json").exists())
+        ]
+        if todo:
+            row.seconds["probe"] = sum(todo)
         rows.append(row)
     networks.save()
     return rows
 
 
-def _probe_jobs(study: Study, runs: Mapping[str, Run], results: Path) -> dict[str, float | None]:
-    """Seconds of the probes that each run still lacks, from others' times where there are any."""
-    seconds: dict[str, float | None] = dict.fromkeys(runs)
-    for probe in study.probes:
-        made = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))[:20]
-        times = [read_json(path).get("seconds") for path in made]
-        known = [took for took in times if took is not None]
-        one = STARTING + (statistics.median(known) if known else PROBE)
-        for name in probed(runs, probe):
-            folder = results / study.study / "runs" / name / "probes"
-            if not (folder / f"{probe.kind}.json").exists():
-                seconds[name] = (seconds[name] or 0.0) + one
-    return seconds
+def _probe_seconds(kind: str, results: Path) -> float:
+    """Seconds of a job of a probe, from those that were made here or a first guess."""
+    made = sorted(results.glob(f"*/runs/*/probes/{kind}.json"))[:20]
+    times = [read_json(path).get("seconds") for path in made]
+    known = [took for took in times if took is not None]
+    return STARTING + (statistics.median(known) if known else PROBE)
 
 
 def _row(

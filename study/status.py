@@ -10,8 +10,10 @@ from typing import Any
 from study import digest
 from study.arms import Run, canonical, probed
 from study.arms import runs as resolve
-from study.config import Study, load
+from study.config import Probe, Study, load
+from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, read_json
+from study.probes.options import OPTIONS
 from study.progress import duration, read_progress
 
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
@@ -74,18 +76,40 @@ def outdated(run: Run, status: Mapping[str, Any]) -> str:
 
 def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str:
     """Why finished samples or metrics are not what would be made today; empty if they are."""
-    kind = study.generation.sampler.kind
-    now = digest.generation(run.spec, kind) if stage == "generate" else digest.stage("evaluate")
-    code = facts.get("code")
-    if code is not None and code != now:
+    protocol = study.generation
+    if stage == "generate":
+        code = digest.generation(run.spec, protocol.sampler.kind)
+    else:
+        code = digest.stage("evaluate")
+    if facts.get("code") not in (None, code):
         return "its code has changed"
-    if stage == "generate" and facts.get("status") == "done":
-        protocol = study.generation
-        images = protocol.images or facts["images"]
-        wanted = (protocol.sampler.resolved(), protocol.seed, protocol.weights, images)
-        if wanted != tuple(facts.get(key) for key in ("sampler", "seed", "weights", "images")):
-            return "made by another protocol"
-    return ""
+    if stage == "evaluate":
+        same = facts.get("protocol") in (None, study.evaluation.protocol())
+        return "" if same else "made by another protocol"
+    if facts.get("status") != "done":
+        return ""
+    guidance = guidance_options(
+        protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec["formulation"]
+    )
+    wanted = {
+        "sampler": protocol.sampler.resolved(),
+        "guidance": guidance and guidance.model_dump(mode="json"),
+        "seed": protocol.seed,
+        "weights": protocol.weights,
+        "images": protocol.images or facts["images"],
+    }
+    same = all(facts.get(key) == value for key, value in wanted.items())
+    return "" if same else "made by another protocol"
+
+
+def _unlike_probe(probe: Probe, run: Run, facts: Mapping[str, Any]) -> str:
+    """Why a finished probe is not what would be made today; empty if it is."""
+    if facts.get("code") not in (None, digest.probe(probe.kind, [run.spec])):
+        return "its code has changed"
+    options, now = facts.get("options") or {}, probe.resolved()
+    apart = {"kind", "seeds", *OPTIONS[probe.kind].speed}
+    same = all(options.get(key) == now[key] for key in now if key not in apart)
+    return "" if same or not options else "made with other options"
 
 
 def state_of(run: Run, folder: Path, now: float | None = None, study: Study | None = None) -> State:
@@ -117,10 +141,14 @@ def state_of(run: Run, folder: Path, now: float | None = None, study: Study | No
         if why:
             return State(run, "stale", stage, step, steps, note=f"{stage}: {why}")
     for probe in () if study is None else study.probes:
-        wanted = run.name in probed({run.name: run}, probe)
-        if wanted and not (folder / "probes" / f"{probe.kind}.json").exists():
-            note = reason or probe.kind.replace("_", " ")
-            return State(run, "waiting", "probe", step, steps, note=note)
+        if run.name not in probed({run.name: run}, probe):
+            continue
+        facts, name = _json(folder / "probes" / f"{probe.kind}.json"), probe.kind.replace("_", " ")
+        if facts is None:
+            return State(run, "waiting", "probe", step, steps, note=reason or name)
+        why = _unlike_probe(probe, run, facts)
+        if why:
+            return State(run, "stale", "probe", step, steps, note=f"{name}: {why}")
     return State(run, "diverged" if diverged else "done", "", step, steps, note=reason)
 
 

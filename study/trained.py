@@ -18,14 +18,23 @@ WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
 """Files in a run's ``train/``: the averaged weights, and those of the last step."""
 
 
-def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Path:
-    """Load the averaged (``ema``) or last (``raw``) weights of the run in ``train``.
+def weights_file(train: str | Path, which: str = "ema") -> Path:
+    """The file of the averaged (``ema``) or last (``raw``) weights of the run in ``train``.
 
-    Returns their file. Raises ``UserError`` where it is missing or does not fit.
+    Raises ``UserError`` where it is missing.
     """
     path = Path(train) / WEIGHTS[which]
     if not path.exists():
         raise UserError(f"{path}: missing; train the run again (delete {train})")
+    return path
+
+
+def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Path:
+    """Load the weights of the run in ``train``; returns their file.
+
+    Raises ``UserError`` where it is missing or does not fit.
+    """
+    path = weights_file(train, which)
     try:
         network.load_state_dict(load_file(path))
     except RuntimeError as error:

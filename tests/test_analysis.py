@@ -79,7 +79,7 @@ def run_folder(manifest: Path, number: int = 0) -> Path:
 
 
 def test_a_backbones_own_names_stand_beside_its_family():
-    assert style.line_label("uvit_deep(skip=False) / dsm") == "U-ViT deep(skip=False) / dsm"
+    assert style.line_label("uvit_deep(skip=False) / dsm") == "U-ViT deep (skip=False) / dsm"
     assert style.line_label("patch_unet") == "Patch U-Net"
     assert style.line_label("mine_2") == "mine_2"
     lines = ["udit", "uvit_deep", "uvit", "mine"]

@@ -425,6 +425,18 @@ def protocol(**changes):
     return with_defaults(config.Generation, settings)
 
 
+@pytest.mark.parametrize("kind", ["dynamics", "robustness", "representation"])
+def test_imported_run_is_probed(tmp_path, digits, edm, kind):
+    from study.probes.base import probe
+
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(snapshot(edm, song(), **SONG)))
+    import_checkpoint(tmp_path / "a.pkl", tmp_path / "run", data=digits)
+    out = tmp_path / "run/probes" / f"{kind}.parquet"
+    found = probe(kind, digits, out, {"samples": 8}, run_dir=tmp_path / "run", threads=1)
+    assert (found["status"], found["rows"] > 0) == ("done", True)
+    assert found["weights_sha256"] and found["spec"]["backbone"]["family"] == "ddpmpp"
+
+
 def test_imported_run_generates_and_is_measured(tmp_path, digits, edm):
     from study.fidelity.evaluate import evaluate
     from study.fidelity.reference import make_reference

@@ -118,8 +118,14 @@ def test_samples_of_another_protocol_or_code_are_stale(run, study, tmp_path):
     write_json(path, made | {"code": "0" * 16})
     assert status.state_of(run, tmp_path, study=study).note == "generate: its code has changed"
     write_json(path, made)
-    write_json(tmp_path / "evaluate/fidelity.json", {"status": "done", "code": "0" * 16})
+    measured = tmp_path / "evaluate/fidelity.json"
+    write_json(measured, {"status": "done", "code": "0" * 16})
     assert status.state_of(run, tmp_path, study=study).note == "evaluate: its code has changed"
+    write_json(measured, {"status": "done", "protocol": study.evaluation.protocol()})
+    assert status.state_of(run, tmp_path, study=study).state == "done"
+    write_json(measured, {"status": "done", "protocol": {"extractor": "inception"}})
+    found = status.state_of(run, tmp_path, study=study)
+    assert found.note == "evaluate: made by another protocol"
 
 
 def test_a_run_waits_for_its_probes(run, study, tmp_path):
@@ -127,8 +133,15 @@ def test_a_run_waits_for_its_probes(run, study, tmp_path):
     probing = study.model_copy(update={"probes": (config.Probe(kind="robustness"),)})
     found = status.state_of(run, tmp_path, study=probing)
     assert (found.state, found.stage, found.note) == ("waiting", "probe", "robustness")
-    write_json(tmp_path / "probes/robustness.json", {})
+    path = tmp_path / "probes/robustness.json"
+    options = probing.probes[0].resolved() | {"seeds": [0], "batch": 3}
+    write_json(path, {"options": options, "code": digest.probe("robustness", [run.spec])})
     assert status.state_of(run, tmp_path, study=probing).state == "done"
+    write_json(path, {"options": options | {"samples": 3}})
+    found = status.state_of(run, tmp_path, study=probing)
+    assert (found.state, found.note) == ("stale", "robustness: made with other options")
+    write_json(path, {"options": options, "code": "0" * 16})
+    assert status.state_of(run, tmp_path, study=probing).note == "robustness: its code has changed"
     elsewhere = config.Probe(kind="cost", seeds=[7])
     probing = study.model_copy(update={"probes": (elsewhere,)})
     assert status.state_of(run, tmp_path, study=probing).state == "done"

@@ -420,6 +420,15 @@ def test_cost_is_relative_to_unscaled_long_skips(manifest):
     assert "2 MMAC" in texts(figure) and "20 ms" in texts(figure)
 
 
+def test_cost_names_the_arm_that_others_are_relative_to(manifest):
+    tables = with_probes(manifest, rows_of_probes(manifest))
+    for target, label in (("dsm", "DSM"), ("stf", "STF")):
+        some = tables.only(target=target)
+        assert len(some.runs)
+        said = " ".join(texts(figures.FIGURES["compute_cost"](some)).split())
+        assert f"relative to the unscaled {label} arm of the backbone" in said
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_figures_without_rows_say_so(manifest, name):
     whole = rows_of_probes(manifest)

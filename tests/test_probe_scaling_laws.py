@@ -1,4 +1,4 @@
-"""Scaling laws at initialisation: the theorems where they hold exactly, the order elsewhere."""
+"""Scaling laws at initialisation: exact means where they are known, the order elsewhere."""
 
 import math
 import re
@@ -157,7 +157,7 @@ def test_operator_norms_are_largest_singular_values(data):
     assert middle == pytest.approx(torch.linalg.matrix_norm(matrix, 2).item(), rel=0.02)
 
 
-def test_bound_is_the_theorems():
+def test_bound_by_hand():
     assert bound([1.0, 0.5], 3.0, 2.0) == 1 * 3 + 0.5 * 9 + 9 * 2
 
 
@@ -187,7 +187,7 @@ def test_backbone_rows_are_whole_and_ordered(backbones):
     assert squares["cs(0.7)"] == pytest.approx(sum(0.49**i for i in range(4)))
     for quantity in ("forward", "gradient", "sensitivity"):
         means = backbones[backbones.quantity == quantity].groupby("skip_scaling").value.mean()
-        # Where the outermost skip keeps its factor the order is the theorem's; 1/sqrt 2 scales
+        # Where the outermost skip keeps its factor the order is the recursion's; 1/sqrt 2 scales
         # that one as well, which matters most here.
         ordered = [means[name] for name in ("none", "cs(0.9)", "cs(0.7)", "cs(0.5)", "inv_sqrt2")]
         assert ordered == sorted(ordered, reverse=True)
@@ -297,7 +297,9 @@ def test_figures_show_the_fit_the_bound_and_the_order(tables, tmp_path, recursio
     said = words["scaling_law_recursion"]
     assert "R² = 0.9" in said
     assert "10 means within" in said
-    assert "theorem 3 S + 3" in said
+    assert "line 3 S + 3" in said
+    assert "exact for this recursion" in said
+    assert "theorem" not in said.lower()
     assert "crossed in 0 of 480 draws" in said
     assert "n = 48 draws" in said.replace("\n", " ")
     said = words["scaling_law_backbones"]

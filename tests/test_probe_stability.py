@@ -16,7 +16,7 @@ from miniature import base
 from torch import nn
 
 from study.analysis import figures
-from study.analysis.figures_stability import largest_rate
+from study.analysis.figures_stability import largest_rates
 from study.analysis.tables import Tables, aggregate
 from study.arms import complete, runs
 from study.config import check, load
@@ -342,11 +342,11 @@ def test_the_largest_rate_needs_every_smaller_one():
         for run, values in outcomes.items()
         for lr, outcome in reversed(list(zip((0.1, 0.2, 0.4), values, strict=True)))
     ]
-    found = largest_rate(pd.DataFrame(rows))
+    found = largest_rates(pd.DataFrame(rows))
     assert found.index.name == "run"
     assert found.dropna().to_dict() == {"a": 0.1, "all": 0.4, "b": 0.2}
     assert found.index.tolist() == ["a", "all", "b", "none"]
-    assert largest_rate(pd.DataFrame()).empty
+    assert largest_rates(pd.DataFrame()).empty
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,13 @@ import pyarrow.parquet
 import pytest
 import torch
 from miniature import base
+from safetensors.torch import save_file
 
 from study import arms, digest
 from study.config import load
+from study.data import Archive
 from study.data.convert import convert
-from study.files import UserError, read_json, write_json
+from study.files import UserError, read_json, sha256, write_json
 from study.probes import PROBES
 from study.probes import base as probes
 from study.probes.options import OPTIONS
@@ -72,20 +74,34 @@ def test_a_probe_looks_at_the_seeds_it_names():
     assert arms.probed(arms.runs(data), data.probes[0]) == []
 
 
-def test_settings_leave_out_defaults_seeds_and_speed():
-    declared = {"kind": "robustness", "samples": 32, "seeds": [0], "batch": 7}
+@pytest.mark.parametrize(
+    ("declared", "settings", "speed"),
+    [
+        ({"kind": "robustness", "samples": 32, "seeds": [0], "batch": 7}, "samples", "batch"),
+        ({"kind": "stability_frontier", "steps": 9, "micro_batch": 8}, "steps", "micro_batch"),
+    ],
+)
+def test_settings_leave_out_defaults_seeds_and_speed(declared, settings, speed):
     (probe,) = study(probes=[declared]).probes
-    assert probe.settings() == {"samples": 32}
-    assert probe.speed() == {"batch": 7}
+    assert probe.settings() == {settings: declared[settings]}
+    assert probe.speed() == {speed: declared[speed]}
+    (cost,) = study(probes=[{"kind": "cost", "batch": 8}]).probes
+    assert cost.settings() == {"batch": 8}  # here it changes what is timed
     (plain,) = study(probes=["robustness"]).probes
     assert plain.settings() == plain.speed() == {}
 
 
-def test_networks_of_a_study_are_told_apart_by_neither_seed_nor_target():
+def test_a_seed_that_no_run_has_is_named():
+    with pytest.raises(UserError, match=r"probes\[1\].seeds: no run has seed 5; there are 0, 1"):
+        arms.runs(study(seed=[0, 1], probes=["cost", {"kind": "robustness", "seeds": [0, 5]}]))
+
+
+def test_networks_of_a_study_are_not_told_apart_by_training_or_scaling():
     few = arms.networks(arms.runs(study()))
-    grid = base()["grid"] | {"target": ["dsm", "stf(16)"]}
-    more = arms.networks(arms.runs(study(seed=[0, 1], grid=grid)))
-    assert len(few) == 2
+    grid = base()["grid"] | {"target": ["dsm", "stf(16)"], "skip_scaling": ["cs(0.5)"]}
+    training = base()["training"] | {"lr": 0.5, "steps": 99}
+    more = arms.networks(arms.runs(study(seed=[0, 1], grid=grid, training=training)))
+    assert len(few) == 1
     assert few == more
 
 
@@ -133,6 +149,26 @@ def test_a_probe_of_a_diverged_run_has_no_rows_and_says_why(archive, run, tmp_pa
     assert table.num_rows == 0
 
 
+def test_weights_are_hashed_that_were_looked_at_and_missed_in_one_line(archive, run, tmp_path):
+    status = {"status": "done", "step": 10, "steps": 10, "spec": run.spec}
+    write_json(tmp_path / "train/status.json", status)
+    with pytest.raises(UserError, match=r"weights.safetensors: missing; train the run again"):
+        measure("robustness", archive, tmp_path, run_dir=tmp_path)
+    network = probes.ArmSubject(Archive(archive), torch.device("cpu"), run.spec).network()
+    save_file(network.state_dict(), tmp_path / "train/raw.safetensors")
+    options = {"weights": "raw", "samples": 4}
+    result, _ = measure("robustness", archive, tmp_path, run_dir=tmp_path, options=options)
+    assert result["weights_sha256"] == sha256(tmp_path / "train/raw.safetensors")
+
+
+def test_a_spec_or_manifest_that_is_none_is_one_line(archive, tmp_path):
+    with pytest.raises(UserError, match="section 'dataset' is missing"):
+        measure("cost", archive, tmp_path, spec={"foo": 1})
+    write_json(tmp_path / "other.json", {"a": 1})
+    with pytest.raises(UserError, match="lists no runs"):
+        measure("scaling_laws", archive, tmp_path, manifest=tmp_path / "other.json")
+
+
 @pytest.mark.parametrize(
     ("kind", "word"),
     [
@@ -148,8 +184,6 @@ def test_what_is_missing_is_named(archive, tmp_path, kind, word):
 
 
 def test_subjects_show_the_same_images_and_noise_to_every_run(archive, run):
-    from study.data import Archive
-
     subject = probes.ArmSubject(Archive(archive), torch.device("cpu"), run.spec)
     images, labels = subject.images(5)
     again, _ = subject.images(9)

@@ -3,19 +3,26 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import synthetic
+from markupsafe import escape
 from matplotlib.text import Text
+from miniature import base
 from scipy import stats
 
 from study.analysis import claims, figures, stability, statistics
 from study.analysis.report import report
 from study.analysis.tables import Tables, aggregate
+from study.config import load
+from study.data.convert import convert
+from study.probes.base import probe
 
+ROOT = Path(__file__).parents[1]
 GRID = {"backbones": ("uvit", "udit"), "scalings": ("none", "inv_sqrt2", "cs(0.7)")}
 SEEDS = (0, 1, 2)
 RATES = (1e-3, 4e-3, 1.6e-2)
@@ -88,8 +95,16 @@ def row_of(tables: Tables, measure: str, arm: str, against: str = "none") -> pd.
     return rows.iloc[0]
 
 
-def made_up(values: dict[str, list], measure: str = "feature_norm") -> list[dict]:
-    """Rows of ``stability.csv`` for scalings of one backbone, a value per seed; None: diverged."""
+def made_up(
+    values: dict[str, list],
+    measure: str = "feature_norm",
+    notes: dict[tuple[str, int], str] | None = None,
+    spacings: dict[str, float] | None = None,
+) -> list[dict]:
+    """Rows of ``stability.csv`` for scalings of one backbone, a value per seed.
+
+    ``notes`` by scaling and seed; None without a note: diverged. ``spacings`` by scaling.
+    """
     better = stability.MEASURES[measure].better
     rows, seeds, specs = [], {}, {}
     for scaling, numbers in values.items():
@@ -101,12 +116,20 @@ def made_up(values: dict[str, list], measure: str = "feature_norm") -> list[dict
         for seed, value in enumerate(numbers):
             run = f"{scaling}-s{seed}"
             seeds[run] = str(seed)
-            status = "diverged" if value is None else "done"
+            note = (notes or {}).get((scaling, seed), "")
+            status = "diverged" if value is None and not note else "done"
             rows.append(
                 {"run": run, "arm": scaling, "line": "uvit", "status": status, "better": better}
-                | {"measure": measure, "value": value, "note": ""}
+                | {"measure": measure, "value": value, "note": note}
+                | {"spacing": (spacings or {}).get(scaling)}
             )
     return stability.stability_rows(rows, specs, seeds)
+
+
+def compared(*arguments, **options) -> dict:
+    """The one compared row of :func:`made_up`."""
+    (row,) = [row for row in made_up(*arguments, **options) if row["against"]]
+    return row
 
 
 # --- statistics, by hand --------------------------------------------------------------------------
@@ -162,10 +185,20 @@ def test_fishers_exact_test_by_hand():
 
 def test_geometric_means_and_their_intervals():
     assert statistics.geometric_mean([1.0, 4.0, 16.0]) == pytest.approx(4)
+    # Logs 0, ln 4, 2 ln 4: s = ln 4 and t* = 4.302653 with two degrees of freedom.
     low, high = statistics.geometric_interval([1.0, 4.0, 16.0])
-    assert low == pytest.approx(1)
-    assert high == pytest.approx(16)
+    assert high / 4 == pytest.approx(4 ** (4.302653 / math.sqrt(3)), rel=1e-6)
+    assert low * high == pytest.approx(16)
+    assert math.isnan(statistics.geometric_interval([2.0])[0])
     assert math.isnan(statistics.geometric_mean([]))
+
+
+def test_the_sign_test_is_binomial():
+    assert statistics.sign_test(6, 0) == pytest.approx(2 / 64)
+    assert statistics.sign_test(1, 5) == pytest.approx(2 * 7 / 64)
+    assert statistics.sign_test(3, 3) == 1
+    assert statistics.least_pairs() == 6
+    assert math.isnan(statistics.sign_test(0, 0))
 
 
 # --- one number per run ---------------------------------------------------------------------------
@@ -209,7 +242,7 @@ def test_gains_are_taken_at_the_smallest_perturbation(tables):
         (["trained", "trained", "diverged"], 4e-3, ""),
         (["trained", "stalled", "trained"], 1e-3, ""),
         (["trained", "trained", "trained"], 1.6e-2, "the largest may be larger"),
-        (["diverged", "trained", "trained"], None, "not even the smallest rate tried, 0.001"),
+        (["diverged", "trained", "trained"], None, "trained at no rate tried, from 0.001 on"),
     ],
 )
 def test_the_largest_rate_needs_all_smaller_ones(outcomes, rate, words):
@@ -308,15 +341,95 @@ def test_a_scaling_that_saves_every_run_is_more_stable():
 
 
 def test_sides_of_a_measure_decide_the_verdict():
-    low, high = [1.0, 1.1, 0.9], [2.0, 2.1, 1.9]
+    low, high = [1.0, 1.1, 0.9] * 2, [2.0, 2.1, 1.9] * 2
     for measure, word in (("feature_norm", "less"), ("largest_learning_rate", "more")):
-        (row,) = [r for r in made_up({"none": low, "cs": high}, measure) if r["against"]]
+        row = compared({"none": low, "cs": high}, measure)
         assert row["factor"] == pytest.approx(2, rel=0.03)
         assert row["verdict"] == f"{word} stable"
 
 
+RATE = "largest_learning_rate"
+
+
+def test_rates_on_a_grid_are_judged_by_signs_alone():
+    # Uneven grid steps: by a t-test of logs p = 0.003 from three pairs.
+    row = compared({"none": [0.1, 0.1, 0.1], "cs": [0.3, 0.3, 1 / 3]}, RATE)
+    assert (row["verdict"], row["test"], row["factor_low"]) == ("no test", "", None)
+    assert row["factor"] == pytest.approx((0.3 * 0.3 / 3) ** (1 / 3) / 0.1)
+    assert "larger in 3, smaller in 0, equal in 0" in row["note"]
+    assert "p < 0.05 needs 6 unequal pairs that agree" in row["note"]
+    rates = [0.1, 0.3, 0.1, 0.1, 0.3, 0.1, 0.1]
+    row = compared({"none": rates, "cs": [3 * rate for rate in rates[:6]] + [0.1]}, RATE)
+    assert row["p_value"] == pytest.approx(2 / 64)  # the tie is left out
+    assert (row["test"], row["verdict"]) == ("sign test", "more stable")
+
+
+def test_a_sign_test_follows_the_pairs_and_not_their_mean():
+    row = compared({"none": [1.0] * 8, "cs": [0.5] + [1.01] * 7}, RATE)
+    assert row["factor"] < 1
+    assert row["p_value"] == pytest.approx(2 * 9 / 256)
+    row = compared({"none": [1.0] * 9, "cs": [0.1] + [1.01] * 8}, RATE)
+    assert (row["factor"] < 1, row["verdict"]) == (True, "more stable")
+
+
+def test_pairs_that_are_left_out_are_counted_with_their_reason():
+    none = {("cs", 0): "trained at no rate tried, from 1 on", ("none", 1): "x is no number"}
+    row = compared({"none": [1.0, None, 1.0, 1.0], "cs": [None, 2.0, 2.0, None]}, RATE, notes=none)
+    assert (row["n_pairs"], row["n_diverged_pairs"]) == (1, 1)
+    for words in ("diverged", "trained at no rate tried, from 1 on", "x is no number"):
+        assert f"1 pair left out: {words}" in row["note"]
+
+
+def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
+    runs = [
+        {"run": name, "arm": name[0], "line": "uvit", "status": status, "step": 9}
+        for name, status in (("n0", "done"), ("n1", "done"), ("c0", "done"), ("c1", "diverged"))
+    ]
+    gains = pd.DataFrame({"run": ["n0", "n1", "c0"], "gain": [1.0, 2.0, math.inf]})
+    rates = pd.DataFrame({"run": [row["run"] for row in runs], "lr": 0.1})
+    rates["outcome"] = ["trained", "trained", "trained", "diverged"]
+    probes = {
+        "robustness": gains.assign(space="noise", relative=0.1),
+        "stability_frontier": rates,
+    }
+    measures = stability.measure_rows(runs, [], probes)
+    specs = {
+        arm: {"skip_scaling": {"method": method}, "target": {"kind": "dsm"}}
+        for arm, method in (("n", "none"), ("c", "cs"))
+    }
+    rows = stability.stability_rows(measures, specs, {row["run"]: row["run"][1] for row in runs})
+    notes = {row["measure"]: row["note"] for row in rows if row["against"]}
+    assert "1 pair left out: a gain is not a positive number" in notes["robustness_gain"]
+    assert "1 pair left out: diverged" in notes["robustness_gain"]
+    assert "1 pair left out: trained at no rate tried" in notes[RATE]
+    assert "diverged" not in notes[RATE]
+
+
+@pytest.mark.parametrize(
+    ("sides", "words"),
+    [
+        (["cs"], "1 of 2 runs of this arm and 0 of 2 of the other, so the factor is a lower bound"),
+        (["none"], "0 of 2 runs of this arm and 1 of 2 of the other, so the factor is an upper"),
+        (["cs", "none"], "1 of 2 runs of this arm and 1 of 2 of the other, so the factor is no "),
+    ],
+)
+def test_rates_beyond_those_tried_are_noted_on_both_sides(sides, words):
+    notes = {(side, 0): stability._EVERY_RATE for side in sides}
+    assert words in compared({"none": [1.0, 1.0], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
+
+
+def test_oscillations_logged_at_unlike_steps_are_not_compared():
+    values = {"none": [1.0, 2.0], "cs": [2.0, 3.0]}
+    row = compared(values, "oscillation_loss", spacings={"none": 1.0, "cs": 10.0})
+    assert row["n_pairs"] == 0
+    assert row["note"] == "2 pairs left out: curves logged at unlike steps"
+    # A point that was lost changes the mean step a little.
+    row = compared(values, "oscillation_loss", spacings={"none": 1.0, "cs": 1.01})
+    assert row["n_pairs"] == 2
+
+
 def test_one_seed_gives_a_factor_and_no_test():
-    (row,) = [r for r in made_up({"none": [4.0], "cs": [1.0]}) if r["against"]]
+    row = compared({"none": [4.0], "cs": [1.0]})
     assert row["factor"] == 0.25
     assert (row["verdict"], row["tests_in_family"]) == ("no test", 0)
     assert math.isnan(row["p_value"])
@@ -339,6 +452,8 @@ def test_the_answer_counts_what_was_shown(tables):
     cells = shown.drop_duplicates(["line", "measure"])
     cells = cells[cells["measure"] != "diverged"]
     assert answer.summary[0].startswith(f"In {len(cells)} of ")
+    assert any("is not tested: a sign test needs 6 unequal pairs" in x for x in answer.summary)
+    assert "nan" not in " ".join([*answer.summary, *dict(answer.backbones).values()])
     assert any("none 1 of 12, 1/√2 0 of 12, CS 0.7 0 of 11" in line for line in answer.summary)
     targets = tables.stability[tables.stability["against"] == "dsm"]
     tests = int((targets["p_value"].notna() & targets["factor"].notna()).sum())
@@ -356,16 +471,55 @@ def test_the_answer_counts_what_was_shown(tables):
     assert words["training is about 1.5 times faster"] == "not testable at this budget"
 
 
-def judged(verdicts: dict[str, list[str]]) -> str:
-    return claims._judge({line: (words, 1.5) for line, words in verdicts.items()})[0]
+def judged(every: bool = False, **arms: list[tuple[float, float]]) -> tuple[str, str, str]:
+    """The word of a claim from (p, side) of the arms of every backbone."""
+    rows = [
+        {"line": line, "p_value": p, "side": side, "detectable": math.nan}
+        for line, tests in arms.items()
+        for p, side in tests
+    ]
+    return claims._judge(pd.DataFrame(rows), every)
 
 
-def test_a_claim_fails_where_the_opposite_is_shown():
-    same, more, less, none = "no difference shown", "more stable", "less stable", "no test"
-    assert judged({"uvit": [more, same], "udit": [same]}) == "reproduced"
-    assert judged({"uvit": [more, less]}) == "not reproduced"
-    assert judged({"uvit": [more], "udit": [less, same]}) == "not reproduced"
-    assert judged({"uvit": [same], "udit": [none]}) == "not testable at this budget"
+YES, NO, SAME, NONE = (1e-4, -1.0), (1e-4, 1.0), (0.5, -1.0), (math.nan, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("arms", "word"),
+    [
+        ({"uvit": [YES, SAME], "udit": [SAME]}, "reproduced"),
+        ({"uvit": [YES], "udit": [SAME], "ddpmpp": [SAME]}, "not testable at this budget"),
+        ({"uvit": [YES], "udit": [SAME], "ddpmpp": [NONE]}, "reproduced"),
+        ({"uvit": [YES], "udit": [NO]}, "not testable at this budget"),
+        ({"uvit": [YES, NO], "udit": [NO]}, "not reproduced"),
+        ({"uvit": [NO], "udit": [SAME]}, "not reproduced"),
+        ({"uvit": [SAME], "udit": [NONE]}, "not testable at this budget"),
+        ({"uvit": [NONE]}, "not testable at this budget"),
+    ],
+)
+def test_a_claim_needs_half_of_the_backbones_and_no_opposite(arms, word):
+    assert judged(**arms)[0] == word
+    assert "nan" not in judged(**arms)[2]
+
+
+def test_a_claim_is_corrected_over_all_its_backbones():
+    # Each p passes on its own backbone; of five backbones one such p is likely by chance.
+    alone = {"uvit": [(0.02, -1.0)]}
+    assert judged(**alone)[0] == "reproduced"
+    others = {line: [(0.6, 1.0)] for line in ("udit", "patch_unet", "ddpmpp", "ncsnpp")}
+    word, count, reason = judged(**alone, **others)
+    assert word == "not testable at this budget"
+    assert count == "shown on 0 of 5 backbones, the opposite on 0"
+    assert "Holds on 0 of 5 backbones that could be tested" in reason
+    assert "over 5 tests" in reason
+
+
+def test_the_order_needs_every_arm_of_a_backbone():
+    assert judged(uvit=[YES, SAME])[0] == "reproduced"
+    assert judged(every=True, uvit=[YES, SAME])[0] == "not testable at this budget"
+    assert judged(every=True, uvit=[YES, NONE])[0] == "not testable at this budget"
+    assert judged(every=True, uvit=[YES, YES])[0] == "reproduced"
+    assert judged(every=True, uvit=[YES, NO])[0] == "not reproduced"
 
 
 def test_published_factors_stand_beside_the_feature_norm(tables):
@@ -395,6 +549,12 @@ def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
         )
     first, second = ((tmp_path / folder / "stability.svg").read_bytes() for folder in "ab")
     assert first == second
+    untested = tables.stability.assign(p_value=math.nan, p_holm=math.nan)
+    drawn = figures.stability(replace(tables, stability=untested)).findobj(Text)
+    small_print = " ".join(text.get_text() for text in drawn).replace("\n", " ")
+    assert "Pairs of runs with equal seeds per arm: 1, 2, 3. Bars" in small_print
+    assert "No test is possible" in small_print
+    assert "One pair per arm" not in small_print
     nothing = figures.stability(tables.only(skip_scaling="none"))
     assert "No scaled arm shares a finished seed" in "\n".join(
         text.get_text() for text in nothing.findobj(Text)
@@ -424,6 +584,23 @@ def test_the_report_of_one_seed_claims_no_stability(tmp_path):
     section = page[page.index('<section id="stability">') : page.index('<section id="cost">')]
     assert "No test of stability is possible" in section
     assert not re.search(r'class="verdict (better|worse)"', section)
+
+
+def test_notebook_and_report_say_the_same_of_scalelong(tree, tables, tmp_path):
+    page = report(tree, tree.parent, tmp_path).read_text()
+    notebook = json.loads((ROOT / "notebooks" / "scalelong.ipynb").read_text())
+    source = "".join("".join(cell["source"]) + "\n" for cell in notebook["cells"])
+    assert "verdict(" not in source  # no test of its own
+    assert "findings_table(study)" in source
+    shown = claims.findings_table(tables).data
+    for finding in claims.scalelong_findings(tables):
+        for text in (finding.claim, finding.word, finding.reason):
+            assert str(escape(text)) in page
+            assert text.replace("&", "&amp;") in shown
+    row = row_of(tables, "feature_norm", "uvit / cs(0.7) / dsm")
+    table = claims.factor_table(tables.only(target_kind="dsm"), "feature_norm").data
+    assert f"[{row['factor_low']:.3g}, {row['factor_high']:.3g}]" in table
+    assert table.count("<tr") == 1 + 4
 
 
 # --- checks of the benchmark itself ---------------------------------------------------------------
@@ -473,3 +650,82 @@ def test_equal_weights_are_a_fault_only_between_seeds(tmp_path):
         ("error", "identical weights", runs[0]["run"]),
         ("warning", "setting without effect", min(runs[i]["run"] for i in (2, 4))),
     ]
+
+
+def aggregated(manifest: Path, out: Path, **changes) -> Tables:
+    """Tables of the study with parts of its configuration changed."""
+    content = json.loads(manifest.read_text())
+    content["config"] |= changes
+    aggregate(content, manifest.parent, out)
+    return Tables.read(out)
+
+
+def small(root: Path, **options) -> Path:
+    """Two seeds of two DSM arms without divergence."""
+    grid = {"backbones": ("uvit",), "scalings": ("none", "cs(0.7)"), "targets": ("dsm",)}
+    options = {"seeds": (0, 1), "diverged": (), "missing": (), "logged": 60} | options
+    return synthetic.build(root, **grid, **options)
+
+
+def test_an_image_without_noise_is_no_fault(tmp_path):
+    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 16}}).dataset
+    data = tmp_path / "digits.zip"
+    convert(settings.model_dump(mode="json"), data, source_path=None, on_error="fail")
+    manifest = small(tmp_path, seeds=(0,))
+    path = manifest.parent / "probes" / "optimal_denoiser.parquet"
+    path.parent.mkdir()
+    probe("optimal_denoiser", data, path, {"snr": [0.1], "samples": 8})
+    assert np.isinf(pd.read_parquet(path)["snr"]).any()
+    found = aggregated(manifest, tmp_path / "tables", probes=[{"kind": "optimal_denoiser"}])
+    assert len(found.probe("optimal_denoiser"))
+    assert found.qc.empty
+
+
+def test_a_probe_that_left_the_study_leaves_its_tables(tmp_path):
+    manifest = small(tmp_path, seeds=(0,))
+    for entry in json.loads(manifest.read_text())["runs"]:
+        probe_tables(manifest.parent / "runs" / entry["run"], "none", 0, False)
+    out, both = tmp_path / "tables", [{"kind": "robustness"}, {"kind": "stability_frontier"}]
+    assert set(aggregated(manifest, out, probes=both).probes) == {
+        "robustness",
+        "stability_frontier",
+    }
+    assert set(aggregated(manifest, out, probes=both[:1]).probes) == {"robustness"}
+    assert {path.name for path in out.glob("probe_*")} == {
+        "probe_robustness.parquet",
+        "probe_robustness.csv",
+    }
+
+
+def test_unlike_log_spacings_are_noted(tmp_path):
+    manifest = small(tmp_path, logged=100)
+    run = json.loads(manifest.read_text())["runs"][0]["run"]
+    path = manifest.parent / "runs" / run / "train" / "dynamics.parquet"
+    frame = pd.read_parquet(path)
+    assert aggregated(manifest, tmp_path / "like").qc.empty
+    kept = sorted(frame.loc[frame["quantity"] == "loss", "step"].unique())[::-2]
+    frame[(frame["quantity"] != "loss") | frame["step"].isin(kept)].to_parquet(path)
+    found = aggregated(manifest, tmp_path / "unlike")
+    (note,) = found.qc.itertuples()
+    assert (note.severity, note.check) == ("note", "several log spacings")
+    assert re.fullmatch(r"loss every [\d.]+ or [\d.]+ steps", note.detail)
+    row = row_of(found, "oscillation_loss", "uvit / cs(0.7) / dsm")
+    assert row["n_pairs"] == 1
+    assert "1 pair left out: curves logged at unlike steps" in row["note"]
+
+
+def test_several_networks_in_turn_have_no_end_of_training(tmp_path):
+    manifest = small(tmp_path)
+    content = json.loads(manifest.read_text())
+    for entry in content["runs"]:
+        entry["spec"]["formulation"] |= {"splits": [0.5], "split": None}
+    manifest.write_text(json.dumps(content))
+    found = aggregated(manifest, tmp_path / "tables")
+    assert set(found.measures["measure"]) == {"diverged"}
+    assert claims.final_levels(found, "loss").empty
+    content["runs"][0]["spec"]["formulation"]["split"] = 0  # one of the networks, by itself
+    manifest.write_text(json.dumps(content))
+    rows = aggregated(manifest, tmp_path / "one").measures
+    rows = rows[rows["measure"] == "feature_norm"].set_index("run")
+    assert rows["value"].notna().sum() == 1
+    assert rows.loc[content["runs"][1]["run"], "note"] == stability._SPLITS

@@ -20,7 +20,7 @@ from study import published
 from study.analysis import style
 from study.analysis.figures import describe_identity, leading_metric
 from study.analysis.stability import MEASURES, Measure
-from study.analysis.statistics import Verdict, holm, paired
+from study.analysis.statistics import LEVEL, Verdict, holm, least_pairs, paired
 from study.analysis.tables import Tables
 
 _SEEDS = ["data_seed", "init_seed", "noise_seed"]
@@ -186,6 +186,7 @@ class Finding:
     source: str
     word: str  # "reproduced" | "not reproduced" | "not testable at this budget"
     reason: str
+    count: str = ""  # "shown on 3 of 5 backbones, the opposite on 1"; empty where nothing is judged
 
 
 @dataclass(frozen=True)
@@ -299,7 +300,7 @@ def _matrix_cell(cell: _Cell | None, several: bool) -> dict[str, str]:
     if best is not None:
         small = f"Holm p {p_text(best['p_holm'])}"
     elif cell.tested:
-        small = f"not shown; × {cell.rows['detectable_factor'].median():.3g} could be seen"
+        small = "not shown" + _visible(cell.rows["detectable_factor"], "; × {} could be seen")
     else:
         small = "no test"
     seen = best is not None or cell.gain(first) > 1
@@ -325,6 +326,15 @@ def _factor_words(row: pd.Series) -> str:
     return text
 
 
+_SEEN = "a factor of about {} could have been seen"
+
+
+def _visible(factors: Iterable[float], words: str) -> str:
+    """``words`` with the median of the detectable factors; nothing where none is known."""
+    median = pd.Series(factors, dtype=float).median()
+    return "" if pd.isna(median) else words.format(f"{median:.3g}")
+
+
 def _backbone_sentence(cells: list[_Cell], several: bool) -> str:
     """One backbone: what was shown, what was not and could have been, what got worse."""
     shown, unseen, untested, worse = [], [], [], []
@@ -337,12 +347,12 @@ def _backbone_sentence(cells: list[_Cell], several: bool) -> str:
                 f"{_factor_words(best)}, Holm p {p_text(best['p_holm'])} ({best['n_pairs']} pairs)"
             )
         elif cell.tested:
-            detectable = cell.rows["detectable_factor"].median()
             unseen.append(
                 f"{cell.measure.label} (seen best: {_arm_words(first, several)}, "
                 f"× {first['factor']:.3g}"
                 + (f", Holm p {p_text(first['p_holm'])}" if pd.notna(first["p_holm"]) else "")
-                + f"; a factor of about {detectable:.3g} could have been seen)"
+                + _visible(cell.rows["detectable_factor"], f"; {_SEEN}")
+                + ")"
             )
         else:
             untested.append(
@@ -381,8 +391,6 @@ def _stability_summary(
         )
         return [none, *_target_sentence(tables), _divergence_sentence(tables)]
     tested = [cell for cell in cells if cell.tested]
-    counted = sorted({int(n) for cell in cells for n in cell.rows["n_pairs"]})
-    pairs_text = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
     answer = []
     if tested:
         shown = [(cell, cell.best) for cell in tested if cell.best is not None]
@@ -422,13 +430,27 @@ def _stability_summary(
             )
         else:
             answer.append("Nowhere is a scaling shown to be less stable than no scaling.")
-        factors = pd.concat([cell.rows["detectable_factor"] for cell in tested]).dropna()
+        counted = sorted({int(n) for cell in tested for n in cell.rows["n_pairs"]})
+        pairs_text = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
+        rates = [cell.tested for cell in cells if cell.measure.test == "sign"]
         answer.append(
-            f"How sure: paired t-tests of log ratios over {pairs_text} pairs of runs with equal "
-            "seeds, Holm-corrected over the tests of one measure on one backbone, 5 %. Where "
-            f"nothing is shown, a true factor below about {factors.median():.3g} would mostly have "
-            "gone unseen (median over all tests, before Holm's correction). Each combination may "
-            "still show a difference by chance, one in twenty if there is none anywhere."
+            "How sure: paired t-tests of log ratios"
+            + (" (the largest learning rate: sign tests)" if any(rates) else "")
+            + f" over {pairs_text} pairs of runs with equal "
+            "seeds, Holm-corrected over the tests of one measure on one backbone, 5 %."
+            + _visible(
+                pd.concat([cell.rows["detectable_factor"] for cell in tested]),
+                " Where nothing is shown, a true factor below about {} would mostly have gone "
+                "unseen (median over all tests, before Holm's correction).",
+            )
+            + " Each combination may still show a difference by chance, one in twenty if there is "
+            "none anywhere."
+            + (
+                " The largest learning rate is not tested: a sign test needs "
+                f"{least_pairs()} unequal pairs."
+                if rates and not any(rates)
+                else ""
+            )
         )
     else:
         seen = [
@@ -439,7 +461,7 @@ def _stability_summary(
         ]
         counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(seen))]
         answer.append(
-            "No test of stability is possible: a test needs at least two pairs of runs. As seen, "
+            "No test of stability is possible with these pairs of runs. As seen, "
             f"without a test, the most stable one in {len(cells)} combinations of backbone and "
             f"measure is {enumerate_words(counts)}."
         )
@@ -449,17 +471,12 @@ def _stability_summary(
 
 
 def _agreement(findings: list[Finding]) -> str:
-    """Which claims were reproduced, which were not, and of which the study cannot tell."""
-    words: dict[str, list[str]] = {}
-    for finding in findings:
-        words.setdefault(finding.word, []).append(finding.claim)
-    if set(words) == {UNTESTABLE}:
-        return f"None of its {len(findings)} claims below is testable at this budget."
-    return " ".join(
-        f"{word.capitalize()}: {'; '.join(words[word])}."
-        for word in (REPRODUCED, CONTRADICTED, UNTESTABLE)
-        if word in words
-    )
+    """How many claims were reproduced and how many not, and on how many backbones each."""
+    counts = pd.Series([finding.word for finding in findings]).value_counts()
+    words = [f"{counts.get(word, 0)} {word}" for word in (REPRODUCED, CONTRADICTED, UNTESTABLE)]
+    judged = [f"{finding.claim}: {finding.count}" for finding in findings if finding.count]
+    text = f"Of {len(findings)} claims {enumerate_words(words)}."
+    return f"{text} By claim: {'; '.join(judged)}." if judged else text
 
 
 def _target_sentence(tables: Tables) -> list[str]:
@@ -516,11 +533,17 @@ def _divergence_sentence(tables: Tables) -> str:
 
 
 def scalelong_findings(tables: Tables) -> list[Finding]:
-    """ScaleLong's claims about stability, judged on the DSM arms, backbone by backbone.
+    """ScaleLong's claims about stability, judged on the DSM arms over all backbones at once.
 
-    A claim is reproduced on a backbone where at least one scaling is shown to be more stable and
-    none less; not reproduced where one is shown to be less stable; else the study cannot tell.
-    It is reproduced as a whole where that holds on every backbone that could tell.
+    For one claim Holm's correction spans the tests of all its backbones and scalings, so that many
+    backbones give no more room for chance than one. The claim is shown on a backbone where at
+    least one scaling then differs on the claimed side (the claim about the order: where every CS
+    and LS arm does), the opposite where at least one differs on the other side. As a whole it is
+
+    - reproduced: shown on at least half of the backbones that could be tested, the opposite on
+      none;
+    - not reproduced: the opposite shown on at least one, and on more backbones than the claim;
+    - not testable at this budget: everything else.
     """
     figure = "ScaleLong, figure 1"
     claims = [
@@ -553,17 +576,14 @@ def scalelong_findings(tables: Tables) -> list[Finding]:
             reason = f"this study has no measure of the {MEASURES[measure].label}"
             answer.append(Finding(claim, source, UNTESTABLE, f"{reason}."))
             continue
-        words = {
-            line: (list(part["verdict"]), float(part["detectable_factor"].median()))
-            for line, part in here.groupby("line")
-        }
-        word, reason = _judge(words)
+        tests = here.assign(side=np.log(here["factor"]), detectable=here["detectable_factor"])
+        word, count, reason = _judge(tests)
         seen = int((here["factor"] < 1).sum())
         reason += (
             f" Seen, tested or not: a factor below 1 in {seen} of {len(here)} scaled arms, "
             f"median × {here['factor'].median():.3g}."
         )
-        answer.append(Finding(claim, source, word, reason + _published_factors(measure)))
+        answer.append(Finding(claim, source, word, reason + _published_factors(measure), count))
     answer.append(_order_finding(tables))
     answer.append(
         Finding(
@@ -577,44 +597,53 @@ def scalelong_findings(tables: Tables) -> list[Finding]:
     return answer
 
 
-def _judge(words: Mapping[str, tuple[list[str], float]]) -> tuple[str, str]:
-    """The word for a claim and its reason, from the verdicts of the arms of every backbone."""
-    sides: dict[str, list[str]] = {"for": [], "against": [], "open": [], "untested": []}
-    factors = []
-    for line in style.order_lines(words):
-        verdicts_here, detectable = words[line]
-        if set(verdicts_here) <= {"no test"}:
-            side = "untested"
-        elif "less stable" in verdicts_here:
-            side = "against"
-        elif "more stable" in verdicts_here:
-            side = "for"
-        else:
-            side = "open"
-            factors.append(detectable)
-        sides[side].append(style.line_label(line))
-    if sides["against"]:
-        word = CONTRADICTED
+def _judge(tests: pd.DataFrame, every: bool = False) -> tuple[str, str, str]:
+    """The word for a claim, its count of backbones and its reason, by the rule above.
+
+    ``tests`` has a row per tested arm: ``line``, ``p_value``, ``side`` (below zero: as claimed) and
+    ``detectable`` (a factor). ``every``: a backbone needs all its arms on the claimed side.
+    """
+    tests = tests.assign(p=holm(tests["p_value"]))
+    sure = tests["p"] < 1 - LEVEL
+    tests = tests.assign(holds=sure & (tests["side"] < 0), fails=sure & (tests["side"] > 0))
+    shown, opposite, silent, untested = [], [], [], []
+    for line in style.order_lines(tests["line"]):
+        here = tests[tests["line"] == line]
+        name = style.line_label(line)
+        holds = here["holds"].all() if every else here["holds"].any()
+        if here["p"].isna().all():
+            untested.append(name)
+        elif not holds and not here["fails"].any():
+            silent.append(name)
+        shown += [name] if holds else []
+        opposite += [name] if here["fails"].any() else []
+    total = tests["line"].nunique()
+    tested = total - len(untested)
+    if shown and not opposite and 2 * len(shown) >= tested:
+        word = REPRODUCED
     else:
-        word = REPRODUCED if sides["for"] else UNTESTABLE
-    total = len(words)
+        word = CONTRADICTED if len(opposite) > len(shown) else UNTESTABLE
 
-    def where(side: str, text: str) -> list[str]:
-        names = sides[side]
-        if not names:
-            return []
-        these = "" if len(names) == total > 1 else f" ({', '.join(names)})"
-        return [f"{text} on {len(names)} of {total} backbones{these}"]
+    def named(names: list[str]) -> str:
+        return f" ({', '.join(names)})" if 0 < len(names) < total else ""
 
-    parts = where("for", "holds for at least one scaling and fails for none")
-    parts += where("against", "the opposite is shown for some scaling")
-    parts += where("open", "no difference shown")
-    if factors:
-        known = [factor for factor in factors if not math.isnan(factor)]
-        parts[-1] += f", where a factor of about {np.median(known):.3g} could have been seen"
-    parts += where("untested", "no test is possible")
-    text = "; ".join(parts)
-    return word, f"{text[0].upper()}{text[1:]}."
+    backbones = "backbone" if tested == 1 else "backbones"
+    count = f"shown on {len(shown)} of {tested} {backbones}, the opposite on {len(opposite)}"
+    if not tested:
+        return word, "no test is possible", "No test is possible on any backbone."
+    parts = [
+        f"Holds on {len(shown)} of {tested} {backbones} that could be tested{named(shown)}",
+        f"the opposite on {len(opposite)}{named(opposite)}",
+    ]
+    if silent:
+        known = tests.loc[tests["line"].map(style.line_label).isin(silent), "detectable"]
+        parts.append(
+            f"no difference shown on {len(silent)}"
+            + _visible(known, f", where {_SEEN} by one test alone")
+        )
+    parts += [f"no test is possible on {len(untested)}{named(untested)}"] if untested else []
+    scope = f"Holm's correction over {int(tests['p'].notna().sum())} tests"
+    return word, count, f"{'; '.join(parts)} ({scope})."
 
 
 def _published_factors(measure: str) -> str:
@@ -643,32 +672,63 @@ def _order_finding(tables: Tables) -> Finding:
     runs = tables.runs
     if (runs["target"] == "dsm").any():
         runs = runs[runs["target"] == "dsm"]
-    words = {}
+    tests = []
     for line, part in runs.groupby("line"):
-        found = []
-        for scaling in style.order_scalings(part["skip_scaling"]):
+        scalings = style.order_scalings(part["skip_scaling"])
+        if HALF not in scalings:
+            continue
+        for scaling in scalings:
             if style.method(scaling) in ("cs", "ls", "ls_unshared"):
                 both = pairs(replace(tables, runs=part), values, "skip_scaling", scaling, HALF)
-                if len(both):
-                    found.append(paired(both["log_ratio"]))
-        if found:
-            adjusted = holm([result.p for result in found])
-            words[line] = (
-                [
-                    "no test"
-                    if math.isnan(p)
-                    else "no difference shown"
-                    if p >= 0.05
-                    else ("more stable" if result.mean < 0 else "less stable")
-                    for result, p in zip(found, adjusted, strict=True)
-                ],
-                float(np.exp(np.median([result.detectable for result in found]))),
-            )
-    if not words:
-        return Finding(
-            claim, "ScaleLong, figure 1", UNTESTABLE, "no backbone has both kinds of arm."
-        )
-    return Finding(claim, "ScaleLong, figure 1", *_judge(words))
+                result = paired(both["log_ratio"].dropna())
+                tests.append(
+                    {
+                        "line": line,
+                        "p_value": result.p,
+                        "side": result.mean,
+                        "detectable": float(np.exp(result.detectable)),
+                    }
+                )
+    source = "ScaleLong, figure 1"
+    if not tests:
+        return Finding(claim, source, UNTESTABLE, "no backbone has both kinds of arm.")
+    word, count, reason = _judge(pd.DataFrame(tests), every=True)
+    reason += " A backbone counts where every CS and LS arm holds."
+    return Finding(claim, source, word, reason, count)
+
+
+def findings_table(tables: Tables) -> Any:
+    """:func:`scalelong_findings` as a table."""
+    rows = [
+        {"claim": one.claim, "source": one.source, "here": one.word, "why": one.reason}
+        for one in scalelong_findings(tables)
+    ]
+    return grid(pd.DataFrame(rows), index=False)
+
+
+def factor_table(tables: Tables, measure: str) -> Any:
+    """Factors of one measure against the unscaled arm, with intervals, Holm's p and verdicts."""
+    rows = tables.stability
+    rows = rows[(rows["measure"] == measure) & (rows["against"] == "none")]
+    lines = [
+        {
+            "backbone": style.line_label(line),
+            "skip scaling": style.scaling_label(scaling),
+            "target": style.target_label(row["target"]),
+            "factor": "" if pd.isna(row["factor"]) else f"{row['factor']:.3g}",
+            "95 % interval": ""
+            if pd.isna(row["factor_low"])
+            else f"[{row['factor_low']:.3g}, {row['factor_high']:.3g}]",
+            "pairs": row["n_pairs"],
+            "Holm p": p_text(row["p_holm"]),
+            "verdict": row["verdict"],
+            "remark": row["note"],
+        }
+        for line in style.order_lines(rows["line"])
+        for scaling in style.order_scalings(rows["skip_scaling"])
+        for _, row in rows[(rows["line"] == line) & (rows["skip_scaling"] == scaling)].iterrows()
+    ]
+    return grid(pd.DataFrame(lines), index=False) if lines else say("*Not measured.*")
 
 
 # --- what a stable target means for a network that knows the class --------------------------------

@@ -1241,10 +1241,15 @@ def stability(tables: Tables) -> Figure:
             more=f"Pairs of runs with equal seeds per arm: {', '.join(map(str, pairs))}. "
             + (
                 "Bars: Student 95 % interval of the mean log ratio, as factors; they may leave the "
-                "panel. Filled: Holm-corrected p < 0.05 over the tests of that measure and "
-                "backbone. "
+                "panel. "
+                if (rows["factor_low"] < rows["factor_high"]).any()
+                else ""
+            )
+            + (
+                "Filled: Holm-corrected p < 0.05 over the tests of that measure and backbone. "
                 if tested
-                else "One pair per arm: no interval and no test; factors are shown, not claimed. "
+                else "No test is possible (too few pairs, or none that differ in their factor): "
+                "factors are shown, not claimed. "
             )
             + " ".join(f"{m.label.capitalize()}: {m.words}." for m in measures),
         ),
@@ -1283,7 +1288,9 @@ def stability(tables: Tables) -> Figure:
         side = "left" if measure.better == "lower" else "right"
         for axes in column:
             axes.set_yticks(range(len(scalings)), [style.scaling_label(s) for s in scalings])
-            axes.set_ylabel("\n".join([*words, f"({side}: more stable)"]), fontsize=5.8)
+            text = "\n".join([*words, f"({side}: more stable)"])
+            # Lying, for a standing label is longer than a row of few scalings is high.
+            axes.set_ylabel(text, fontsize=5.8, rotation=0, ha="right", va="center")
     shapes = {"dsm": ("o", 3.8)}
     handles = [
         Line2D([], [], ls="", marker=marker, ms=size, color="#555", mfc="white", label=label)

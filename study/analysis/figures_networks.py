@@ -328,8 +328,9 @@ def compute_cost(tables: Tables) -> Figure:
         fig,
         _made_of(
             tables,
-            more="Mean over seeds, relative to the unscaled DSM arm of the backbone, whose own "
-            "value stands in grey (per image; a step of "
+            more="Mean over seeds, relative to the unscaled "
+            f"{style.target_label(targets[0])} arm of the backbone, whose own value stands in "
+            "grey (per image; a step of "
             f"{batches.get('train_step', '?')} images, evaluations of "
             f"{batches.get('evaluation_throughput', '?')} at a time). Multiply-adds of a forward "
             "pass in matrix products, convolutions and attention; memory that a training step "

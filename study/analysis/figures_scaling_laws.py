@@ -101,8 +101,8 @@ def _squares_axis(axes: Any, rows: pd.DataFrame) -> None:
 
 @drawn(probe="scaling_laws")
 def scaling_law_recursion(tables: Tables) -> Figure:
-    """ScaleLong's theorems on the network they are about: norms of features and gradients, and
-    sensitivity to the input, against the sum of the squared factors of the long skips."""
+    """Norms of features and gradients, and sensitivity to the input, of a recursion of random
+    blocks with long skips, against the sum of their squared factors; the line is exact for it."""
     frame = _rows(tables, recursion=True)
     if frame.empty:
         return text_figure(
@@ -114,7 +114,7 @@ def scaling_law_recursion(tables: Tables) -> Figure:
     parts = dict(list(frame.groupby("quantity")))
     nothing = frame.iloc[:0]
     draws = int(frame["seed"].nunique())
-    fig = style.figure(height=3.1)
+    fig = style.figure(height=3.3)
     style.footer(
         fig,
         _made_of(
@@ -126,8 +126,12 @@ def scaling_law_recursion(tables: Tables) -> Figure:
             f"{_one(frame['layers'])} layers of width m = {_one(frame['width'])} that keep the "
             "mean square: weights N(0, 2/m) before a ReLU, N(0, 1/m) in the last, linear layer. "
             "Gradient: of all weights of a block for a squared error of length 1; large points "
-            "b₁, small ones other blocks i against their own sum, over j ≥ i. Theorems: ScaleLong "
-            "(Huang et al. 2023).",
+            "b₁, small ones other blocks i against their own sum, over j ≥ i. Line: the mean, "
+            "exact for this recursion (gradients but for terms of order 1/m). ScaleLong's abstract "
+            "(Huang et al. 2023) claims that the factors govern norms, gradients and robustness; "
+            "the form of its bounds is not among our sources. Upper bound: sum of κᵢ M₀ⁱ + c₀, as "
+            "restated in arXiv 2411.02149, with c₀ = M₀ᴺ ‖middle‖, our choice; random directions "
+            "are no test of a worst case.",
         ),
     )
     forward, gradient, sensitivity = _panels(fig, 3, 3)
@@ -185,7 +189,7 @@ def scaling_law_recursion(tables: Tables) -> Figure:
         )
         for depth, marker in markers.items()
     ]
-    handles.append(Line2D([], [], **LINE, label="theorem"))
+    handles.append(Line2D([], [], **LINE, label="exact for this recursion"))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), handlelength=1.5)
     return fig
 
@@ -205,13 +209,13 @@ def _fit(means: pd.DataFrame, rows: pd.DataFrame) -> str:
     first = rows.iloc[0]
     law = first["predicted"] / (1 + first["sum_squares"])
     return (
-        f"\ntheorem {law:g} S + {law:g}, S = sum of κ²\n"
+        f"\nline {law:g} S + {law:g}, S = sum of κ²\n"
         f"fit {slope:.2f} S + {start:.2f}, R² = {share:.3f} ({len(means)} points)"
     )
 
 
 def _bounds(rows: pd.DataFrame, bounds: pd.DataFrame) -> str:
-    """How far the theorem's upper bound lies above what was measured, in words."""
+    """How far the upper bound lies above what was measured, in words."""
     keys = ["skip_scaling", "depth", "seed"]
     both = rows.merge(bounds, on=keys, suffixes=("", "_bound"))
     if both.empty:
@@ -236,7 +240,7 @@ def _times(value: float) -> str:
 @drawn(probe="scaling_laws")
 def scaling_law_backbones(tables: Tables) -> Figure:
     """The same three quantities on the study's backbones at initialisation, relative to unscaled
-    long skips: what remains of the theorems is the order of the scalings."""
+    long skips: here only the order of the scalings can be compared."""
     frame = _rows(tables, recursion=False)
     frame = frame[frame["quantity"].isin(list(QUANTITIES))] if len(frame) else frame
     if frame.empty:
@@ -270,7 +274,7 @@ def scaling_law_backbones(tables: Tables) -> Figure:
         ratios = _relative(panel, base)
         if quantity == "forward":
             name = f"{style.line_label(line)}, N = {_one(panel['depth'])}"
-            axes.set_title("\n".join(textwrap.wrap(name, 28)), fontsize=7)
+            axes.set_title("\n".join(textwrap.wrap(name, 21)), fontsize=7)
         if ratios.empty:
             continue
         _points(axes, ratios, "mean", colours, markers[families[line]])

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from study.analysis import style
+from study.analysis import stability, style
 from study.analysis.figures import (
     _arms,
     _empty,
@@ -31,20 +31,14 @@ SPACES = {
 RED = "#c1121f"
 
 
-def largest_rate(frame: pd.DataFrame) -> pd.Series:
-    """By run: the largest learning rate such that it and every smaller one tried trained.
+def largest_rates(frame: pd.DataFrame) -> pd.Series:
+    """:func:`study.analysis.stability.largest_rate` by run; nan where no rate trained.
 
-    ``frame`` holds rows of the stability frontier: ``run``, ``lr``, ``outcome``. nan where not
-    even the smallest rate trained. A run that trained at every rate has the largest one tried,
-    which is then a lower bound.
+    ``frame`` holds rows of the stability frontier: ``run``, ``lr``, ``outcome``.
     """
-    answer = {}
-    if not frame.empty:
-        for run, rows in frame.groupby("run", sort=True):
-            ordered = rows.sort_values("lr")
-            whole = ordered["outcome"].eq("trained").cummin().astype(bool)
-            answer[run] = ordered["lr"][whole].max()
-    return pd.Series(answer, name="largest_lr", dtype=float).rename_axis("run")
+    runs = [] if frame.empty else frame.groupby("run", sort=True)
+    rates = {run: stability.largest_rate(rows)[0] for run, rows in runs}
+    return pd.Series(rates, name="largest_lr", dtype=float).rename_axis("run")
 
 
 def _probed(frame: pd.DataFrame) -> str:
@@ -217,7 +211,7 @@ def stability_frontier(tables: Tables) -> Figure:
     lines = style.order_lines(frame["line"])
     rates = sorted(set(frame["lr"]))
     words = frame.drop_duplicates("run").set_index("run")
-    best = words.join(largest_rate(frame))
+    best = words.join(largest_rates(frame))
     keys = {line: _arm_keys(frame[frame["line"] == line]) for line in lines}
     heights = [0.145 * len(keys[line]) + 0.24 for line in lines]
     fig = style.figure(height=sum(heights) + 1.25)

@@ -39,7 +39,7 @@ def _log_axis(axis: Any, ticks: list | None = None) -> None:
     axis.set_major_formatter(FuncFormatter(_plain))
 
 
-def _noticed(rows: pd.DataFrame) -> pd.DataFrame:
+def noticed(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of noise levels at which V_DSM is no mean of rare events: twice its standard error."""
     whole = rows[(rows["reference"] == 0) & (rows["unit"] == "x0")]
     sound = whole[whole["ratio"].notna() & (whole["variance"] > 2 * whole["standard_error"])]
@@ -56,7 +56,7 @@ def _how_measured(rows: pd.DataFrame) -> str:
     )
 
 
-def _distributions(rows: pd.DataFrame) -> list[str]:
+def distributions(rows: pd.DataFrame) -> list[str]:
     """The data set first, the toy last."""
     return sorted(set(rows["distribution"]), key=lambda name: (name == "two modes", name))
 
@@ -71,7 +71,7 @@ def target_variance(tables: Tables) -> Figure:
         return text_figure(
             "Variance of targets", "The probe target_variance has no rows.", _made_of(tables)
         )
-    names = _distributions(rows)
+    names = distributions(rows)
     sizes = sorted(set(rows["reference"]) - {0})
     colours = _shades(sizes, "crest")
     fig = style.figure(height=0.95 + 1.75 * len(names))
@@ -124,7 +124,7 @@ def _variance_panel(axes: Any, panel: pd.DataFrame, colours: dict[int, Any]) -> 
 
 def _below(rows: pd.DataFrame) -> str:
     """In words: whether the stable target's variance is below that of DSM, as it should be."""
-    cells = _noticed(rows[rows["unit"] == "x0"])
+    cells = noticed(rows[rows["unit"] == "x0"])
     cells = cells[(cells["reference"] > 1) & cells["ratio"].notna()]
     if cells.empty:
         return "V_DSM is next to nothing at every noise level."
@@ -145,11 +145,11 @@ def stable_target_bias(tables: Tables) -> Figure:
     title = "Variance and bias of the stable target"
     if rows.empty:
         return text_figure(title, "The probe target_variance has no rows.", _made_of(tables))
-    rows = _noticed(rows[rows["unit"] == "x0"])
+    rows = noticed(rows[rows["unit"] == "x0"])
     if not (rows["reference"] > 0).any():
         text = "The variance of the DSM target is next to nothing at every noise level."
         return text_figure(title, text, _made_of(tables))
-    names = _distributions(rows)
+    names = distributions(rows)
     fig = style.figure(height=0.6 + 1.95 * len(names))
     words = (
         "Right: estimates and two standard errors, the Monte "

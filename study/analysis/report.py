@@ -284,7 +284,7 @@ class _Page:
             )
         elif len(seeds) and seeds.max() < 5:
             text = (
-                f"With n = {seeds.max()} seeds per arm the bootstrap intervals of the means are "
+                f"With n = {seeds.max()} seeds per arm the bootstrap intervals of mean quality are "
                 "narrower than their 95 % promise."
             )
             detectable = rows["detectable_difference"].median()

@@ -6,7 +6,7 @@ target), always over runs that share all seeds.
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,16 +27,23 @@ class Measure:
     """A number of a run that says how stable it is.
 
     ``better`` is the side on which the more stable runs lie. ``label`` names the measure in
-    pictures and sentences, ``words`` define it. ``ratio``: positive, compared by ratios; else the
-    measure is a count of runs. ``across_targets``: arms with unlike targets can be compared.
+    pictures and sentences, ``words`` define it. ``test`` judges two arms: a paired t-test of log
+    ratios ("t"), a sign test over pairs where only a grid of values can occur ("sign"), or Fisher's
+    exact test of counts of runs ("fisher"). ``across_targets``: arms with unlike targets can be
+    compared.
     """
 
     name: str
     better: str
     label: str
     words: str
-    ratio: bool = True
+    test: str = "t"
     across_targets: bool = True
+
+    @property
+    def ratio(self) -> bool:
+        """Whether it is a positive number, compared by ratios, and not a count of runs."""
+        return self.test != "fisher"
 
 
 _WINDOW = "over the last quarter of training, 500 steps at most"
@@ -93,14 +100,16 @@ MEASURES = {
             "higher",
             "largest learning rate that trains",
             "the largest rate tried in short trainings for which it and every smaller one "
-            "trained; only whole steps between the rates tried can be seen",
+            "trained; only whole steps between the rates tried can be seen, so pairs are counted "
+            "(sign test) and there is no interval",
+            test="sign",
         ),
         Measure(
             "diverged",
             "lower",
             "runs that diverged",
             "runs whose training diverged, of those that ended",
-            ratio=False,
+            test="fisher",
         ),
     )
 }
@@ -112,7 +121,11 @@ _CURVES = {
     "oscillation_grad_norm": ("grad_norm", "", "oscillation"),
 }
 _GAINS = {"robustness_gain": "noise", "network_gain": "network"}
+_DIVERGED = "training diverged"
 _EVERY_RATE = "trained at every rate tried: the largest may be larger"
+_SPLITS = "several networks trained one after another: their training has no common end"
+# Oscillations are comparable where steps between logged points agree up to a lost point.
+_SPACING = 0.05
 
 
 # --- one number per run and measure ---------------------------------------------------------------
@@ -123,14 +136,19 @@ def measure_rows(
     oscillation: Iterable[Row],
     probes: Mapping[str, pd.DataFrame],
     imported: Collection[str] = (),
+    split: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Rows of ``measures.csv``: every run has a row for every measure that the study has.
 
     ``runs`` are rows of ``runs.csv``, ``oscillation`` those of ``oscillation.csv``; ``imported``
-    names runs whose weights were not trained here. A run that diverged has no end of training and
-    no trained network; its row says so and has no value.
+    names runs whose weights were not trained here, ``split`` those of several networks, whose
+    curves end with the last network only. A run that diverged has no end of training and no
+    trained network; its row says so and has no value. Rows of oscillations have a further key
+    ``spacing``: the steps between two logged points.
     """
-    found = _curve_values(runs, oscillation)
+    oscillation = list(oscillation)
+    found = _curve_values(runs, oscillation, split)
+    apart = {(row["run"], row["quantity"], row["where"]): spacing(row) for row in oscillation}
     found |= {name: _gains(probes, space) for name, space in _GAINS.items()}
     found["largest_learning_rate"] = _largest_rates(probes)
     found["diverged"] = {
@@ -143,12 +161,13 @@ def measure_rows(
     answer = []
     for measure in MEASURES.values():
         values = found[measure.name]
+        quantity, where, column = _CURVES.get(measure.name, ("", "", ""))
         if all(value is None for value, _ in values.values()):
             continue
         for row in runs:
             value, note = values.get(row["run"], (None, ""))
             if value is None and row["status"] == "diverged":
-                note = f"training diverged at step {row['step']}"
+                note = note or f"{_DIVERGED} at step {row['step']}"
             elif value is None and row["status"] == "done":
                 note = note or "not measured"
             answer.append(
@@ -158,12 +177,34 @@ def measure_rows(
                     "value": value,
                     "better": measure.better,
                     "note": note,
+                    "spacing": apart.get((row["run"], quantity, where))
+                    if column == "oscillation"
+                    else None,
                 }
             )
     return answer
 
 
-def _curve_values(runs: Sequence[Row], oscillation: Iterable[Row]) -> dict[str, Found]:
+def spacing(row: Row) -> float:
+    """Steps between two points of a logged curve, from a row of ``oscillation.csv``.
+
+    A logged loss is the mean since the point before: the wider the steps, the less it oscillates.
+    """
+    return (row["window_last_step"] - row["window_first_step"]) / (row["points"] - 1)
+
+
+def spacings(rows: Iterable[Row]) -> list[float]:
+    """The step spacings of curves that differ by more than a lost point, in rising order."""
+    answer: list[float] = []
+    for value in sorted(spacing(row) for row in rows):
+        if not answer or not math.isclose(value, answer[-1], rel_tol=_SPACING):
+            answer.append(value)
+    return answer
+
+
+def _curve_values(
+    runs: Sequence[Row], oscillation: Iterable[Row], split: Collection[str]
+) -> dict[str, Found]:
     ended = {row["run"] for row in runs if row["status"] == "done"}
     curves = {
         (row["run"], row["quantity"], row["where"]): row
@@ -172,9 +213,11 @@ def _curve_values(runs: Sequence[Row], oscillation: Iterable[Row]) -> dict[str, 
     }
     answer: dict[str, Found] = {name: {} for name in _CURVES}
     for name, (quantity, where, column) in _CURVES.items():
-        for run in ended:
+        for run in sorted(ended):
             row = curves.get((run, quantity, where))
-            if row is not None:
+            if run in split:
+                answer[name][run] = (None, _SPLITS)
+            elif row is not None:
                 answer[name][run] = _positive(row[column])
     return answer
 
@@ -220,7 +263,7 @@ def largest_rate(rows: pd.DataFrame) -> tuple[float | None, str]:
     if not len(failed):
         return float(trained.index[-1]), _EVERY_RATE
     if failed[0] == 0:
-        return None, f"not even the smallest rate tried, {trained.index[0]:g}, trained"
+        return None, f"trained at no rate tried, from {trained.index[0]:g} on"
     return float(trained.index[failed[0] - 1]), ""
 
 
@@ -287,10 +330,11 @@ def _level(rows: Sequence[Row], measure: Measure) -> dict[str, Any]:
     values = [row["value"] for row in rows if row["value"] is not None]
     if measure.ratio:
         mean = statistics.geometric_mean(values)
-        low, high = statistics.geometric_interval(values)
     else:
         mean = float(np.mean(values)) if values else math.nan
-        low = high = math.nan
+    low = high = math.nan
+    if measure.test == "t":
+        low, high = statistics.geometric_interval(values)
     return {
         "n": len(values),
         "mean": mean,
@@ -309,26 +353,85 @@ def _compare(
         return _compare_counts(rows, others)
     theirs = {seeds[row["run"]]: row for row in others}
     pairs = [(row, theirs[seeds[row["run"]]]) for row in rows if seeds[row["run"]] in theirs]
-    whole = [pair for pair in pairs if all(row["value"] is not None for row in pair)]
-    result = statistics.paired_factor([math.log(a["value"] / b["value"]) for a, b in whole])
-    lost = sum(
-        any(row["value"] is None and row["status"] == "diverged" for row in pair) for pair in pairs
-    )
-    beyond = sum(row["note"] == _EVERY_RATE for row in rows)
-    notes = [result.note] if result.note else []
-    notes += [f"{lost} pair{'s' if lost > 1 else ''} left out: diverged"] if lost else []
-    notes += [f"{beyond} of {len(rows)} runs trained at every rate tried"] if beyond else []
+    whole, lost = [], Counter()
+    for pair in pairs:
+        reasons = {_why(row) for row in pair if row["value"] is None}
+        apart = [row["spacing"] for row in pair if row.get("spacing")]
+        if len(apart) == 2 and not math.isclose(*apart, rel_tol=_SPACING):
+            reasons.add("curves logged at unlike steps")
+        if reasons:
+            lost["diverged" if "diverged" in reasons else min(reasons)] += 1
+        else:
+            whole.append(pair)
+    logs = [math.log(a["value"] / b["value"]) for a, b in whole]
+    result = (_signs if measure.test == "sign" else _ratios)(logs)
+    notes = [result["note"]] if result["note"] and (whole or not lost) else []
+    notes += [f"{n} pair{'s' if n > 1 else ''} left out: {why}" for why, n in sorted(lost.items())]
+    notes += _censored(whole)
     return {
-        "n_pairs": result.n,
-        "n_diverged_pairs": lost,
+        **result,
+        "n_pairs": len(whole),
+        "n_diverged_pairs": lost["diverged"],
+        "note": "; ".join(notes),
+    }
+
+
+def _why(row: Row) -> str:
+    """Why a run has no value, in words that runs share."""
+    if row["status"] == "diverged" and row["note"].startswith(_DIVERGED):
+        return "diverged"
+    return row["note"] or row["status"]
+
+
+def _ratios(logs: Sequence[float]) -> dict[str, Any]:
+    """Geometric mean of the ratios with its interval, and a t-test of their logarithms."""
+    result = statistics.paired_factor(logs)
+    return {
         "test": "paired t-test of log ratios" if math.isfinite(result.p) else "",
         "factor": result.mean,
         "factor_low": result.low,
         "factor_high": result.high,
         "p_value": result.p,
         "detectable_factor": result.detectable,
-        "note": "; ".join(notes),
+        "note": result.note,
+        "_side": math.log(result.mean) if logs else math.nan,
     }
+
+
+def _signs(logs: Sequence[float]) -> dict[str, Any]:
+    """Geometric mean of the ratios, as a description, and a sign test of which side is larger.
+
+    Values of a grid make a t-test certain of differences that are one step wide. Fewer pairs than
+    could ever show something are not tested.
+    """
+    larger, smaller = sum(log > 0 for log in logs), sum(log < 0 for log in logs)
+    least = statistics.least_pairs()
+    p = statistics.sign_test(larger, smaller) if larger + smaller >= least else math.nan
+    note = f"larger in {larger}, smaller in {smaller}, equal in {len(logs) - larger - smaller}"
+    if math.isnan(p):
+        note += f": no sign test is possible, p < 0.05 needs {least} unequal pairs that agree"
+    return {
+        "test": "sign test" if math.isfinite(p) else "",
+        "factor": statistics.geometric_mean(np.exp(logs)),
+        "factor_low": None,
+        "factor_high": None,
+        "p_value": p,
+        "detectable_factor": None,
+        "note": note if logs else statistics.paired(logs).note,
+        "_side": float(larger - smaller),
+    }
+
+
+def _censored(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
+    """What the ends of the rates tried hide, on either side of the pairs."""
+    ours, theirs = (sum(pair[i]["note"] == _EVERY_RATE for pair in pairs) for i in (0, 1))
+    if not ours + theirs:
+        return []
+    bound = "a lower bound" if not theirs else "an upper bound" if not ours else "no bound"
+    return [
+        f"trained at every rate tried: {ours} of {len(pairs)} runs of this arm and {theirs} of "
+        f"{len(pairs)} of the other, so the factor is {bound}"
+    ]
 
 
 def _compare_counts(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
@@ -374,14 +477,12 @@ def _correct(rows: list[dict[str, Any]]) -> None:
         tests = sum(math.isfinite(p) for p in adjusted)
         for row, p in zip(family, adjusted, strict=True):
             row["p_holm"], row["tests_in_family"] = p, tests
-            counted = row.pop("_side", None)
-            side = math.log(row["factor"]) if counted is None and row["n_pairs"] else counted
-            row["verdict"] = _verdict(side, p, row["better"])
+            row["verdict"] = _verdict(row.pop("_side"), p, row["better"])
 
 
-def _verdict(side: float | None, p_holm: float, better: str) -> str:
+def _verdict(side: float, p_holm: float, better: str) -> str:
     """``side`` is below zero where the arm's measure is lower than that of its twin."""
-    if side is None or not math.isfinite(p_holm):
+    if not math.isfinite(p_holm):
         return "no test"
     if p_holm >= 1 - statistics.LEVEL:
         return "no difference shown"

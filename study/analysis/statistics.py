@@ -1,4 +1,4 @@
-"""Intervals and tests for few seeds: bootstrap, paired differences and factors, counts, Holm.
+"""Intervals and tests for few seeds: bootstrap, paired differences, factors, signs, counts, Holm.
 
 The unit is the run: one number per run, runs of two arms paired by their seeds. Everything is
 deterministic: the bootstrap draws from a generator with a fixed seed.
@@ -40,9 +40,9 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 
 def geometric_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
-    """Percentile bootstrap interval of the geometric mean of positive values."""
-    low, high = bootstrap_interval(np.log(np.asarray(values, dtype=float)), level)
-    return float(np.exp(low)), float(np.exp(high))
+    """Student's interval of the mean logarithm of positive values, given back as values."""
+    result = paired_factor(np.log(np.asarray(values, dtype=float)), level)
+    return result.low, result.high
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,27 @@ def paired_factor(logarithms: Sequence[float], level: float = LEVEL) -> Paired:
     names = ("mean", "low", "high", "detectable")
     with np.errstate(over="ignore"):
         return replace(result, **{name: float(np.exp(getattr(result, name))) for name in names})
+
+
+def sign_test(more: int, fewer: int) -> float:
+    """Exact two-sided sign test: ``more`` pairs one way, ``fewer`` the other, ties left out.
+
+    Under equal chances the count is binomial with n = more + fewer and 1/2:
+    p = min(1, 2 P(count <= min(more, fewer))). It needs no spread, so uneven steps between the
+    values that can occur do no harm. nan without a pair.
+    """
+    if more + fewer == 0:
+        return math.nan
+    return min(1.0, 2 * float(stats.binom.cdf(min(more, fewer), more + fewer, 0.5)))
+
+
+def least_pairs(level: float = LEVEL) -> int:
+    """How many pairs that all agree the sign test needs for p < 1 - level.
+
+    >>> least_pairs()
+    6
+    """
+    return next(n for n in range(1, 1000) if sign_test(n, 0) < 1 - level)
 
 
 def fisher(first: int, runs: int, second: int, others: int) -> float:

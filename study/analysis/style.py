@@ -113,7 +113,8 @@ def line_label(line: str) -> str:
     word, bracket, options = first.partition("(")
     name, more = _backbone(word)
     shown = f"{BACKBONES.get(name, name)} {more}".strip()
-    return " / ".join([shown + bracket + options, *rest])
+    gap = " " if bracket else ""
+    return " / ".join([shown + gap + bracket + options, *rest])
 
 
 def target_label(target: str) -> str:

@@ -82,6 +82,11 @@ TABLES = (
 
 # Points that are kept of one curve: a quantity of the whole network, or one of many places.
 CURVE_POINTS, PLACE_POINTS = 60, 30
+# Columns of probes that were measured; all others say what a row is about, and may be infinite.
+MEASURED = (
+    *("value", "gain", "variance", "squared_bias", "standard_error", "share", "share_of_original"),
+    *("first_loss", "final_loss"),
+)
 # Quantities whose wobble about the smoothed curve is a result (ScaleLong, figure 1).
 OSCILLATING = ("loss", "grad_norm", "decoder_norm_after", "decoder_frobenius_after")
 # The window of the oscillation number: so many steps, and at least so many logged points.
@@ -283,11 +288,16 @@ def aggregate(manifest: str | Path | Mapping[str, Any], results: str | Path, out
     for kind, frame in probes.items():
         _write_parquet(out / f"probe_{kind}.parquet", frame)
         _write_csv(out / f"probe_{kind}.csv", frame)
+    for path in [*out.glob("probe_*.parquet"), *out.glob("probe_*.csv")]:
+        if path.stem.removeprefix("probe_") not in probes:  # the study no longer has it
+            path.unlink()
     imported = {one.run for one in found if "imported" in one.train}
-    measures = stability.measure_rows(runs, oscillation, probes, imported)
+    split = {one.run for one in found if one.splits}
+    measures = stability.measure_rows(runs, oscillation, probes, imported, split)
     _write(out, "measures", measures)
     _write(out, "stability", stability.stability_rows(measures, specs, seeds))
     problems += _quality_checks(found, runs, metrics)
+    problems += _log_spacings(oscillation)
     order = {"error": 0, "warning": 1, "note": 2}
     problems.sort(key=lambda row: (order[row["severity"]], row["check"], row["run"], row["detail"]))
     _write(out, "qc", problems)
@@ -355,6 +365,12 @@ class _Found:
         if self.train:
             return "diverged" if self.train.get("status") == "diverged" else "done"
         return "running" if self.progress else "missing"
+
+    @property
+    def splits(self) -> bool:
+        """Whether the run is of several networks, trained one after another."""
+        formulation = self.spec.get("formulation") or {}
+        return bool(formulation.get("splits")) and formulation.get("split") is None
 
     @property
     def seeds(self) -> dict[str, Any]:
@@ -726,7 +742,8 @@ def _dynamics(found: list[_Found], problems: list) -> tuple[pd.DataFrame, list[d
         thin = _thin(frame)
         thin.insert(0, "run", one.run)
         thinned.append(thin)
-        oscillation += [{"run": one.run, **row} for row in _oscillation(frame)]
+        if not one.splits:  # else the curves end with the last network only
+            oscillation += [{"run": one.run, **row} for row in _oscillation(frame)]
     columns = COLUMNS["dynamics"]
     if not thinned:
         empty = {c: pd.Series(dtype="str" if c in columns[:3] else "float64") for c in columns}
@@ -858,14 +875,14 @@ def _probes(
 
 
 def _infinite_numbers(kind: str, run: str, frame: pd.DataFrame) -> list[dict]:
-    """A probe leaves out what it could not measure; an infinite number is a fault.
+    """A probe leaves out what it could not measure; an infinite measured number is a fault.
 
     Short trainings that diverged may say so with the number they ended on.
     """
     if "outcome" in frame.columns:
         frame = frame[frame["outcome"] != "diverged"]
-    numbers = frame.select_dtypes("number")
-    broken = [name for name in numbers.columns if np.isinf(numbers[name].to_numpy(float)).any()]
+    measured = [name for name in MEASURED if name in frame.columns]
+    broken = [name for name in measured if np.isinf(frame[name].to_numpy(dtype=float)).any()]
     if not broken:
         return []
     detail = f"{kind}: infinite numbers in {', '.join(broken)}"
@@ -931,6 +948,20 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
         detail = f"{changed} runs were made from a source tree with uncommitted changes"
         problems.append(_problem("note", "uncommitted changes", "", detail))
     return problems
+
+
+def _log_spacings(oscillation: list[dict]) -> list[dict]:
+    """Oscillations depend on the steps between logged points, which are no part of a run's spec."""
+    unlike = {
+        quantity: stability.spacings(rows)
+        for (quantity,), rows in sorted(_groups(oscillation, "quantity").items())
+    }
+    details = [
+        f"{quantity} every {' or '.join(f'{steps:.3g}' for steps in found)} steps"
+        for quantity, found in unlike.items()
+        if len(found) > 1
+    ]
+    return [_problem("note", "several log spacings", "", "; ".join(details))] if details else []
 
 
 def _identical_weights(found: list[_Found]) -> list[dict]:

@@ -310,6 +310,7 @@ def evaluate(
         "status": status,
         "reason": reason,
         "code": code,
+        "protocol": protocol,
         "metrics": {names[base]: score.value for base, score in scores.items()},
         "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},
         "notes": {names[b]: s.note for b, s in scores.items() if s.note is not None},

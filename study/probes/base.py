@@ -19,7 +19,7 @@ from study.probes import PROBES
 from study.probes.options import OPTIONS, ProbeOptions
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator
-from study.trained import denoiser_of, load_weights
+from study.trained import denoiser_of, load_weights, weights_file
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,13 @@ class DatasetSubject:
     def images(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """The same ``count`` images for equal seeds: x [count, C, H, W] float32 in [-1, 1] (or
         latents) and labels [count] int64 or ``None``, on the device; with ``count`` beyond the
-        size of the data set, images return.
+        size of the data set, images return. Latents that are stored as moments are drawn.
         """
-        x, labels = self.archive.batch(order(seed, 0, count, len(self.archive)))
+        draw = None
+        if self.archive.moments:
+            shape = (count, self.archive.channels, *[self.archive.resolution] * 2)
+            draw = torch.randn(shape, generator=generator(seed, "probe", "latent"))
+        x, labels = self.archive.batch(order(seed, 0, count, len(self.archive)), draw)
         return x.to(self.device), None if labels is None else labels.to(self.device)
 
     def noise(self, shape: Sequence[int], *names: int | str) -> Tensor:
@@ -157,7 +161,7 @@ def probe(
     if model.subject == "run":
         train = Path(given) / "train"
         status = read_json(train / "status.json")
-        facts |= {"spec": status["spec"]}
+        facts |= {"spec": status["spec"], "trained_on_sha256": status.get("data_sha256")}
         if status["status"] == "diverged":
             reason = f"training diverged at step {status['step']}: {status['reason']}"
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +171,17 @@ def probe(
             return result
         described = complete(status["spec"])
         subject = RunSubject(archive, device, described, train, status)
-        facts |= {"weights_sha256": sha256(train / "weights.safetensors")}
+        weights = weights_file(train, getattr(chosen, "weights", "ema"))
+        facts |= {"weights_sha256": sha256(weights)}
     elif model.subject == "arm":
         described = complete(spec)
         subject = ArmSubject(archive, device, described)
         facts |= {"spec": described}
     elif model.subject == "study":
-        specs = tuple(complete(entry["spec"]) for entry in read_json(manifest)["runs"])
+        content = read_json(manifest)
+        if not isinstance(content, dict) or "runs" not in content:
+            raise UserError(f"{manifest}: lists no runs; it should be results/<study>/study.json")
+        specs = tuple(complete(entry["spec"]) for entry in content["runs"])
         facts |= {"networks": len({canonical_json(s["backbone"]) for s in specs})}
         subject = StudySubject(archive, device, specs)
     else:

@@ -39,7 +39,7 @@ from torch import Tensor
 from study.backbones.base import Backbone
 from study.diffusion import formulations
 from study.diffusion.stf import StableTarget
-from study.network import networks_of
+from study.network import arithmetic, networks_of
 from study.probes.base import Measured, RunSubject
 from study.probes.levels import even_draws, pieces, take
 from study.probes.options import Dynamics
@@ -140,4 +140,7 @@ def measure(subject: RunSubject, options: Dynamics) -> Measured:
     images, labels = subject.images(options.samples)
     noise = subject.noise(images.shape, "dynamics")
     given = (subject, network, options, images, labels, noise)
-    return Measured.of_rows([*_norms(*given), *_loss_and_gradients(*given)])
+    rows = _norms(*given)
+    with arithmetic("fp32"):
+        rows += _loss_and_gradients(*given)
+    return Measured.of_rows(rows)

@@ -21,20 +21,25 @@ class ProbeOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     subject: ClassVar[Subject]
+    speed: ClassVar[frozenset[str]] = frozenset()
+    """Options that no number depends on: a new value of them reruns nothing."""
 
 
 class PerRun(ProbeOptions):
     """A probe with a result for every run, or for those of some seeds."""
 
     subject: ClassVar[Subject] = "run"
-    seeds: tuple[int, ...] | None = Field(
-        None, min_length=1, description="Only runs with these seeds; null = all runs."
+    seeds: tuple[int | str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Only runs with these seeds (0, or 0.1.0 for seeds of each axis); null = all.",
     )
 
 
 class Dynamics(PerRun):
     """Norms, gradients, loss by noise level and gates of the trained network on fresh noise."""
 
+    speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(512, ge=2, description="Images that every number is measured on.")
     sigmas: tuple[float, ...] = Field(
         (0.05, 0.2, 0.5, 1.0, 2.0, 10.0),
@@ -49,6 +54,7 @@ class Dynamics(PerRun):
 class Robustness(PerRun):
     """Change of the output against the size of a perturbation of the input."""
 
+    speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(256, ge=1, description="Noisy images that every number is a mean over.")
     sigmas: tuple[Annotated[float, Field(ge=1e-3)], ...] = Field(
         (0.1, 0.34, 1.2, 3.4, 12.0),
@@ -68,6 +74,7 @@ class Robustness(PerRun):
 class Representation(PerRun):
     """Similarity (CKA) between blocks, and radial spectra of their features."""
 
+    speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(256, ge=4, description="Noisy images that blocks are compared on.")
     sigmas: tuple[float, ...] = Field(
         (0.1, 0.5, 2.0), description="Noise levels (EDM's sigma) of the spectra."
@@ -89,6 +96,7 @@ class StabilityFrontier(PerRun):
     """Short trainings at rising learning rates: which still train, which diverge."""
 
     subject: ClassVar[Subject] = "arm"
+    speed: ClassVar[frozenset[str]] = frozenset({"micro_batch"})
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         min_length=1,

@@ -48,7 +48,10 @@ class Points:
     def of(
         cls, archive: Archive, device: torch.device, count: int | None = None, seed: int = 0
     ) -> "Points":
-        """All entries of an archive, flattened from [C, H, W], or ``count`` of them."""
+        """All entries of an archive, flattened from [C, H, W], or ``count`` of them.
+
+        Of latents that are stored as moments, their means.
+        """
         size = len(archive)
         chosen = order(seed, 0, size if count is None else min(count, size), size)
         chosen.sort()

@@ -1,9 +1,10 @@
 """Scaling laws at initialisation: norms, gradients and sensitivity against the skips' factors.
 
-ScaleLong (Huang et al. 2023) bounds three things of a freshly initialised U-Net by the factors
-kappa_j of its long skips: the norm of its features (their theorem on the forward pass), the norm
-of its gradients, and the change of its output when the input is perturbed. This probe measures all
-three, first where the laws can be computed exactly, then on the backbones of the study.
+The abstract of ScaleLong (Huang et al. 2023) claims that the factors kappa_j of a U-Net's long
+skips govern the norm of its features, the norm of its gradients, and the change of its output when
+the input is perturbed. The form of its bounds on the first two is not among our sources. This probe
+measures all three, first on a recursion that we built so that their means can be computed exactly,
+then on the backbones of the study.
 
 **The clean recursion** (network "recursion"). UNet(x) = h_0 with
 
@@ -12,7 +13,8 @@ three, first where the laws can be computed exactly, then on the backbones of th
 for i = 1 .. N. Every block a_i, b_i and the middle one has l layers of width m without biases: all
 but the last have weights N(0, 2/m) and a ReLU, the last is linear with weights N(0, 1/m). Each
 layer then keeps the mean square of its input, in both directions, and nothing that is added is
-correlated; so with S_i = sum of kappa_j^2 over j = i .. N, means over the weights are
+correlated; so with S_i = sum of kappa_j^2 over j = i .. N, means over the weights are (a result
+about this recursion, not a theorem of the paper)
 
 ====================================================  =========================================
 value                                                 predicted
@@ -34,12 +36,13 @@ that does not depend on the weights (the target y is put there), so that loss = 
 gradient is that of all its weights. The sensitivity of a draw is the root of the mean square over
 ``directions`` random d with ||d|| = ``perturbation`` ||x||.
 
-``bound`` is the bound of their robustness theorem in the same units,
+``bound`` is a bound of the sensitivity as arXiv 2411.02149 restates ScaleLong's,
 
     sum over i of kappa_i M_0^i + c_0,    M_0 = max_i ||b_i o a_i||,    c_0 = M_0^N ||middle||,
 
-where the norms are the largest singular values of Jacobians (by power iteration, hence from
-below), b_i o a_i taken at x_{i-1}. ``operator_norm`` is M_0. No mean is predicted for them.
+where the choice of c_0 is ours and the norms are the largest singular values of Jacobians (by power
+iteration, hence from below), b_i o a_i taken at x_{i-1}. ``operator_norm`` is M_0. No mean is
+predicted for them. Random directions stay far below such a bound and are no test of it.
 
 All scalings of one draw share their weights, input and directions.
 
@@ -51,8 +54,8 @@ tokens or positions and channels): ``forward`` is the mean of ||h||^2 / ||x||^2,
 squared norm of the gradient of all weights for an error of h as above (the mean of the loss over
 the samples), divided by that loss and the mean of ||x||^2, and ``sensitivity`` the root of the mean
 of ||h(x + d) - h(x)||^2 / ||d||^2, one random d per sample; x is the network's own input. Nothing
-is predicted: blocks with normalisation and residual branches are not the theorem's, so only the
-order of the scalings is its claim here. ``sum_squares`` of learned scalings is that of the mean
+is predicted: blocks with normalisation and residual branches are not the recursion's, so only the
+order of the scalings can be compared. ``sum_squares`` of learned scalings is that of the mean
 gates.
 
 Columns: network, family, skip_scaling, depth (number of long skips N), seed, quantity, where

@@ -75,7 +75,7 @@ def as_parameter(section, exclude):
 
 DATASET = as_parameter(STUDY.dataset, exclude=arms.NOT_SETTINGS)
 GENERATION = as_parameter(STUDY.generation, exclude={"batch": True, "decoder": {"weights": True}})
-EVALUATION = as_parameter(STUDY.evaluation, exclude={"weights", "reference"})
+EVALUATION = canonical_json(STUDY.evaluation.protocol())
 NOTEBOOK = canonical_json({"tables": TABLES, "results": RESULTS, "figures": FIGURES})
 # Of the study as a whole only the tables and the report depend: names, order, notes.
 SHOWN = arms.digest(

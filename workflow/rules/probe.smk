@@ -16,6 +16,18 @@ def probe_results(kind):
     return [f"{RESULTS}/probes/{kind}.json"]
 
 
+def weights(probe):
+    """The file of the weights that a probe of runs looks at."""
+    return {"ema": "weights.safetensors", "raw": "raw.safetensors"}[
+        probe.resolved().get("weights", "ema")
+    ]
+
+
+def alone(kind, share, whole):
+    """What a probe asks for: its share, or all of this machine where it measures times."""
+    return whole if kind == "cost" and workflow.nodes is None and whole else share
+
+
 for kind, probe in PROBED.items():
     if probe.subject in ("run", "arm"):
 
@@ -25,7 +37,7 @@ for kind, probe in PROBED.items():
             input:
                 data=ARCHIVE,
                 run=(
-                    [f"{RUN}/train/status.json", f"{RUN}/train/weights.safetensors"]
+                    [f"{RUN}/train/status.json", f"{RUN}/train/{weights(probe)}"]
                     if probe.subject == "run"
                     else []
                 ),
@@ -36,9 +48,11 @@ for kind, probe in PROBED.items():
                 f"{RUN}/logs/probe-{kind}.log",
             conda:
                 "../../envs/compute.yaml"
-            threads: STUDY.machine.threads
+            threads: alone(kind, STUDY.machine.threads, workflow.cores)
             resources:
-                gpu=min(1, GPUS),
+                gpu=alone(kind, min(1, GPUS), GPUS * STUDY.machine.jobs_per_gpu),
+                devices=min(1, GPUS),
+                kernels=STUDY.machine.threads,
                 machine=canonical_json(probe.speed()),
             params:
                 kind=kind,
@@ -47,7 +61,7 @@ for kind, probe in PROBED.items():
                 spec=training_spec if probe.subject == "arm" else "{}",
                 code=partial(probe_code, kind),
             shell:
-                "python -m study probe {params.kind} --options {params.options:q} --machine {resources.machine:q} --run-dir {params.run} --spec {params.spec:q} --code {params.code} --data {input.data} --out {output.table} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+                "python -m study probe {params.kind} --options {params.options:q} --machine {resources.machine:q} --run-dir {params.run} --spec {params.spec:q} --code {params.code} --data {input.data} --out {output.table} --threads {resources.kernels} --gpus {resources.devices} > {log} 2>&1"
 
     else:
 
