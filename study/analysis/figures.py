@@ -513,7 +513,8 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     lines = style.order_lines(rows["line"])
     scalings = style.order_scalings(rows["skip_scaling"])
     targets = style.order_targets(rows["target"])
-    order = [(s, t) for s in scalings for t in targets if not (s == "none" and t == "dsm")]
+    made = set(zip(rows["skip_scaling"], rows["target"], strict=True))
+    order = [(s, t) for s in scalings for t in targets if (s, t) in made]
     colours = style.scaling_colours(tables.runs["skip_scaling"])
     pairs = sorted(set(rows["n_pairs"]))
     tested = bool(rows["p_value"].notna().any())
