@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import PARTS, ROOT, SMOKE, Project, copy_project
+from packaging.specifiers import SpecifierSet
 
 AFTERWARDS = {"aggregate": 1, "figures": 1, "notebook": 1, "report": 1}
 """Jobs that follow whenever the study as a whole has changed."""
@@ -504,6 +507,22 @@ def test_environments_pin_what_the_lock_pins():
         for line in pip["pip"]:
             name, version = line.partition(";")[0].split("==")
             assert lock[name] == version, f"{path.name}: {line}"
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["requires-python"].startswith(">=3.11,")
+    checked = 0
+    for line in (ROOT / "requirements.lock").read_text().splitlines():
+        name, _, version = line.partition("==")
+        if line.startswith("#"):
+            continue
+        found = metadata.distribution(name)
+        if found.version.partition("+")[0] == version:  # an environment of one's own may differ
+            pythons = found.metadata.get("Requires-Python") or ""
+            assert "3.11.0" in SpecifierSet(pythons), f"{line} needs Python {pythons}"
+            checked += 1
+    assert checked > 100
 
 
 def test_profiles_are_profiles():
