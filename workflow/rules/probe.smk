@@ -1,6 +1,8 @@
 # Measurements that are not sample quality: a rule for each probe that the study names. What a probe
 # looks at (runs, arms, the data set, the study) says what its rule waits for.
 
+# None where Snakemake only looks (--report, --lint): workflow.cores would then refuse.
+CORES = workflow.resource_settings.cores
 PROBED = {probe.kind: probe for probe in STUDY.probes}
 
 
@@ -48,7 +50,7 @@ for kind, probe in PROBED.items():
                 f"{RUN}/logs/probe-{kind}.log",
             conda:
                 "../../envs/compute.yaml"
-            threads: alone(kind, STUDY.machine.threads, workflow.cores)
+            threads: alone(kind, STUDY.machine.threads, CORES)
             resources:
                 gpu=alone(kind, min(1, GPUS), GPUS * STUDY.machine.jobs_per_gpu),
                 devices=min(1, GPUS),
