@@ -427,7 +427,7 @@ def test_words_and_colours_are_fixed():
     assert style.metric_label("fd_digits_1797") == "FD (digits), 1797 images"
     assert style.metric_label("fid_50000") == "FID, 50000 images"
     assert style.scaling_label("cs(0.5, per_level)") == "CS 0.5, per_level"
-    assert style.line_label("ddpmpp(dropout=0.1) / vp") == "DDPM++(dropout=0.1) / vp"
+    assert style.line_label("ddpmpp(dropout=0.1) / vp") == "DDPM++ (dropout=0.1) / vp"
     assert style.order_scalings(["ls", "cs(0.5)", "none", "cs(0.9)", "inv_sqrt2"]) == [
         *("none", "inv_sqrt2", "cs(0.9)", "cs(0.5)", "ls")
     ]

@@ -58,7 +58,7 @@ for kind, probe in PROBED.items():
                 machine=canonical_json(probe.speed()),
             params:
                 kind=kind,
-                run=f"{RUN}",
+                run=subpath(output.facts, ancestor=2),
                 options=canonical_json(probe.settings()),
                 spec=training_spec if probe.subject == "arm" else "{}",
                 code=partial(probe_code, kind),
