@@ -428,6 +428,70 @@ def test_oscillations_logged_at_unlike_steps_are_not_compared():
     assert row["n_pairs"] == 2
 
 
+# --- all backbones together -----------------------------------------------------------------------
+
+
+def pair_table(factors: dict[str, list[float | None]]) -> pd.DataFrame:
+    """Pairs of one scaling by backbone, a factor per seed; None: the pair was lost."""
+    rows = [
+        {
+            "measure": "feature_norm",
+            "against": "none",
+            "skip_scaling": "cs",
+            "target": "dsm",
+            "baseline": name,
+            "seeds": str(seed),
+            "factor": factor,
+        }
+        for name, numbers in factors.items()
+        for seed, factor in enumerate(numbers)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_a_seed_gives_one_mean_over_the_backbones():
+    found = stability.overall(pair_table({"a": [0.5, 0.4, 0.6], "b": [0.8, 0.9, 0.7]})).iloc[0]
+    logs = np.log(np.sqrt([0.5 * 0.8, 0.4 * 0.9, 0.6 * 0.7]))
+    assert found["factor"] == pytest.approx(np.exp(logs.mean()))
+    assert found["p_value"] == pytest.approx(stats.ttest_1samp(logs, 0).pvalue)
+    assert (found["n_backbones"], found["n_pairs"], found["verdict"]) == (2, 3, "more stable")
+    assert found["line"] == stability.ALL
+
+
+def test_no_backbone_drops_out_of_the_mean_in_some_seeds():
+    found = stability.overall(pair_table({"a": [0.5, 0.4, 0.6], "b": [0.8, None, 0.7]})).iloc[0]
+    logs = np.log(np.sqrt([0.5 * 0.8, 0.6 * 0.7]))
+    assert found["factor"] == pytest.approx(np.exp(logs.mean()))
+    assert (found["n_backbones"], found["n_pairs"]) == (2, 2)
+    assert found["note"] == "1 seed left out: a pair was lost"
+    # A backbone that lost every pair forbids the mean: without it, it would look better.
+    lost = stability.overall(pair_table({"a": [0.5, 0.4, 0.6], "b": [None] * 3})).iloc[0]
+    assert (lost["n_pairs"], lost["verdict"]) == (0, "no test")
+    assert math.isnan(lost["factor"])
+
+
+def test_one_backbone_has_no_mean_over_backbones():
+    assert stability.overall(pair_table({"a": [0.5, 0.4, 0.6]})).empty
+    assert stability.overall(pair_table({"a": [0.5]}).iloc[:0]).empty
+
+
+def test_every_pair_behind_a_factor_is_in_the_table(tables):
+    rows = tables.stability_pairs
+    row = row_of(tables, "robustness_gain", "uvit / cs(0.7) / stf")
+    own = rows[(rows["arm"] == row["arm"]) & (rows["measure"] == row["measure"])]
+    own = own[own["against"] == "none"]
+    assert stats.gmean(own["factor"]) == pytest.approx(row["factor"])
+    values = tables.measures[tables.measures["measure"] == row["measure"]]
+    values = values.set_index("run")["value"]
+    ratios = values[own["run"]].to_numpy() / values[own["baseline_run"]].to_numpy()
+    assert own["factor"].tolist() == pytest.approx(ratios.tolist())
+    lost = rows[rows["factor"].isna() & (rows["measure"] == "feature_norm")]
+    assert set(lost["note"]) == {"diverged", "missing"}
+    # A part of the study has the means of its own backbones only.
+    assert not stability.overall(rows).empty
+    assert stability.overall(tables.only(family="uvit").stability_pairs).empty
+
+
 def test_one_seed_gives_a_factor_and_no_test():
     row = compared({"none": [4.0], "cs": [1.0]})
     assert row["factor"] == 0.25
@@ -451,7 +515,8 @@ def test_the_answer_counts_what_was_shown(tables):
     ]
     cells = shown.drop_duplicates(["line", "measure"])
     cells = cells[cells["measure"] != "diverged"]
-    assert answer.summary[0].startswith(f"In {len(cells)} of ")
+    assert answer.summary[0].startswith("On average over 2 backbones (geometric mean in each of ")
+    assert answer.summary[1].startswith(f"Backbone by backbone: in {len(cells)} of ")
     assert any("is not tested: a sign test needs 6 unequal pairs" in x for x in answer.summary)
     assert "nan" not in " ".join([*answer.summary, *dict(answer.backbones).values()])
     assert any("none 1 of 12, 1/√2 0 of 12, CS 0.7 0 of 11" in line for line in answer.summary)
@@ -478,7 +543,14 @@ def judged(every: bool = False, **arms: list[tuple[float, float]]) -> tuple[str,
         for line, tests in arms.items()
         for p, side in tests
     ]
-    return claims._judge(pd.DataFrame(rows), every)
+    return claims._judge(pd.DataFrame(rows), averages(), every)
+
+
+def averages(*tests: tuple[float, float]) -> pd.DataFrame:
+    """Tests over all backbones, from (p, side) of every scaling."""
+    rows = [("cs(0.7)", 2, p, side, math.nan) for p, side in tests]
+    words = ["skip_scaling", "n_backbones", "p_value", "side", "detectable"]
+    return pd.DataFrame(rows, columns=words)
 
 
 YES, NO, SAME, NONE = (1e-4, -1.0), (1e-4, 1.0), (0.5, -1.0), (math.nan, -1.0)
@@ -497,9 +569,38 @@ YES, NO, SAME, NONE = (1e-4, -1.0), (1e-4, 1.0), (0.5, -1.0), (math.nan, -1.0)
         ({"uvit": [NONE]}, "not testable at this budget"),
     ],
 )
-def test_a_claim_needs_half_of_the_backbones_and_no_opposite(arms, word):
+def test_without_a_mean_a_claim_needs_half_of_the_backbones(arms, word):
     assert judged(**arms)[0] == word
     assert "nan" not in judged(**arms)[2]
+
+
+@pytest.mark.parametrize(
+    ("mean", "arms", "word"),
+    [
+        ([YES, SAME], [SAME, SAME], "reproduced"),
+        ([SAME, SAME], [YES, YES], "not testable at this budget"),
+        ([YES], [YES, NO], "not testable at this budget"),
+        ([NO, SAME], [SAME, SAME], "not reproduced"),
+        ([YES, NO], [SAME, SAME], "not testable at this budget"),
+        ([SAME], [NO, SAME], "not reproduced"),
+        ([NONE], [YES, SAME], "reproduced"),
+    ],
+)
+def test_the_mean_over_the_backbones_decides(mean, arms, word):
+    rows = [
+        {"line": line, "p_value": p, "side": side, "detectable": 1.5}
+        for line, (p, side) in zip(("uvit", "udit"), arms, strict=True)
+    ]
+    found, count, reason = claims._judge(pd.DataFrame(rows), averages(*mean))
+    assert found == word
+    assert ("on average" in count) == (mean != [NONE])
+    assert reason.startswith("On average over 2 backbones: CS 0.7 × ") == (mean != [NONE])
+
+
+def test_the_order_needs_every_scaling_on_average():
+    alone = pd.DataFrame({"line": ["uvit"], "p_value": 0.5, "side": -1.0, "detectable": 1.5})
+    assert claims._judge(alone, averages(YES, YES), every=True)[0] == "reproduced"
+    assert claims._judge(alone, averages(YES, SAME), every=True)[0] == "not testable at this budget"
 
 
 def test_a_claim_is_corrected_over_all_its_backbones():
@@ -539,6 +640,7 @@ def test_label_bias_is_said_only_of_conditional_networks(tables, tmp_path):
 def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
     words = "\n".join(text.get_text() for text in figures.stability(tables).findobj(Text))
     small_print = words.replace("\n", " ")
+    assert "all backbones" in words
     for measure in stability.MEASURES.values():
         if measure.ratio:
             assert f"{measure.label.capitalize()}: {measure.words}." in small_print
@@ -550,7 +652,8 @@ def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
     first, second = ((tmp_path / folder / "stability.svg").read_bytes() for folder in "ab")
     assert first == second
     untested = tables.stability.assign(p_value=math.nan, p_holm=math.nan)
-    drawn = figures.stability(replace(tables, stability=untested)).findobj(Text)
+    alone = replace(tables, stability=untested, stability_pairs=tables.stability_pairs.iloc[:0])
+    drawn = figures.stability(alone).findobj(Text)
     small_print = " ".join(text.get_text() for text in drawn).replace("\n", " ")
     assert "Pairs of runs with equal seeds per arm: 1, 2, 3. Bars" in small_print
     assert "No test is possible" in small_print
@@ -568,7 +671,7 @@ def test_the_report_answers_which_scaling_is_stable(tree, tmp_path):
     page = report(tree, tree.parent, tmp_path).read_text()
     section = page[page.index('<section id="stability">') : page.index('<section id="cost">')]
     for line in claims.stability_answer(Tables.read(tree.parent / "tables")).summary:
-        assert line.replace("'", "&#39;") in section
+        assert str(escape(line)) in section
     assert section.count('src="data:image/') == 1
     assert "ScaleLong’s claims" in section
     assert "0 of 3 against 1 of 3" in section

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from study import published
 from study.analysis import style
 from study.analysis.figures import describe_identity, leading_metric
-from study.analysis.stability import MEASURES, Measure
+from study.analysis.stability import ALL, MEASURES, Measure, overall
 from study.analysis.statistics import LEVEL, Verdict, holm, least_pairs, paired
 from study.analysis.tables import Tables
 
@@ -186,7 +186,7 @@ class Finding:
     source: str
     word: str  # "reproduced" | "not reproduced" | "not testable at this budget"
     reason: str
-    count: str = ""  # "shown on 3 of 5 backbones, the opposite on 1"; empty where nothing is judged
+    count: str = ""  # where it was shown, in a few words; empty where nothing is judged
 
 
 @dataclass(frozen=True)
@@ -195,12 +195,13 @@ class StabilityAnswer:
 
     summary: list[str]
     backbones: list[tuple[str, str]]
-    """(backbone, sentence), in the order of the pictures."""
+    """(backbone, sentence), in the order of the pictures, all of them together first."""
     findings: list[Finding]
     measures: list[str]
     """Labels of the columns of ``matrix``."""
     matrix: list[tuple[str, list[dict[str, str]]]]
-    """(backbone, cells): the most stable scaling of each measure, ``word`` saying how surely."""
+    """(backbone, cells): the most stable scaling of each measure, ``word`` saying how surely;
+    the first row is the mean over the backbones, where there are several."""
 
 
 def p_text(p: float) -> str:
@@ -242,8 +243,8 @@ class _Cell:
         return 1 / row["factor"] if self.measure.better == "lower" else row["factor"]
 
 
-def _cells(tables: Tables) -> list[_Cell]:
-    rows = tables.stability
+def _cells(rows: pd.DataFrame) -> list[_Cell]:
+    """Cells of compared rows, which have a ``line``, by backbone and measure."""
     rows = rows[(rows["against"] == "none") & rows["factor"].notna()]
     answer = []
     for line in style.order_lines(rows["line"]):
@@ -251,7 +252,8 @@ def _cells(tables: Tables) -> list[_Cell]:
             here = rows[(rows["line"] == line) & (rows["measure"] == measure.name)]
             if len(here):
                 ordered = here.sort_values(
-                    ["factor", "arm"], ascending=[measure.better == "lower", True]
+                    ["factor", "skip_scaling", "target"],
+                    ascending=[measure.better == "lower", True, True],
                 )
                 answer.append(_Cell(line, measure, ordered))
     return answer
@@ -259,18 +261,21 @@ def _cells(tables: Tables) -> list[_Cell]:
 
 def stability_answer(tables: Tables) -> StabilityAnswer:
     """Which scaling is most stable, where, by how much, how surely, and what ScaleLong says."""
-    cells = _cells(tables)
+    mean = overall(tables.stability_pairs)
+    cells = _cells(tables.stability)
     several = len({target for cell in cells for target in cell.rows["target"]}) > 1
     by_line: dict[str, list[_Cell]] = {}
     for cell in cells:
         by_line.setdefault(cell.line, []).append(cell)
+    rows = {ALL: _cells(mean), **by_line} if len(mean) else by_line
     findings = scalelong_findings(tables) if cells else []
     shown = [m for m in MEASURES.values() if any(cell.measure is m for cell in cells)]
     return StabilityAnswer(
-        summary=_stability_summary(tables, cells, by_line, findings),
+        summary=_stability_summary(tables, cells, by_line, findings, mean),
         backbones=[
             (style.line_label(line), _backbone_sentence(part, several))
-            for line, part in by_line.items()
+            for line, part in rows.items()
+            if part
         ],
         findings=findings,
         measures=[measure.label for measure in shown],
@@ -282,7 +287,8 @@ def stability_answer(tables: Tables) -> StabilityAnswer:
                     for measure in shown
                 ],
             )
-            for line, part in by_line.items()
+            for line, part in rows.items()
+            if part
         ],
     )
 
@@ -382,6 +388,7 @@ def _stability_summary(
     cells: list[_Cell],
     by_line: dict[str, list[_Cell]],
     findings: list[Finding],
+    mean: pd.DataFrame,
 ) -> list[str]:
     if not cells:
         if tables.stability.empty:
@@ -389,14 +396,14 @@ def _stability_summary(
         none = (
             "No scaled arm stands beside its unscaled arm here: this study tells no scalings apart."
         )
-        return [none, *_target_sentence(tables), _divergence_sentence(tables)]
+        return [none, *_target_sentences(tables, mean), _divergence_sentence(tables)]
     tested = [cell for cell in cells if cell.tested]
-    answer = []
+    answer = _overall_sentence(mean[mean["against"] == "none"], "the arms of a measure")
     if tested:
         shown = [(cell, cell.best) for cell in tested if cell.best is not None]
         text = (
-            f"In {len(shown)} of {len(tested)} combinations of backbone and measure some scaling "
-            "is shown to be more stable than no scaling"
+            f"Backbone by backbone: in {len(shown)} of {len(tested)} combinations of backbone and "
+            "measure some scaling is shown to be more stable than no scaling"
         )
         if shown:
             leaders = pd.Series([style.scaling_label(row["skip_scaling"]) for _, row in shown])
@@ -430,13 +437,12 @@ def _stability_summary(
             )
         else:
             answer.append("Nowhere is a scaling shown to be less stable than no scaling.")
-        counted = sorted({int(n) for cell in tested for n in cell.rows["n_pairs"]})
-        pairs_text = f"{counted[0]}" if len(counted) == 1 else f"{counted[0]} to {counted[-1]}"
+        counted = _ends(n for cell in tested for n in cell.rows["n_pairs"])
         rates = [cell.tested for cell in cells if cell.measure.test == "sign"]
         answer.append(
             "How sure: paired t-tests of log ratios"
             + (" (the largest learning rate: sign tests)" if any(rates) else "")
-            + f" over {pairs_text} pairs of runs with equal "
+            + f" over {counted} pairs of runs with equal "
             "seeds, Holm-corrected over the tests of one measure on one backbone, 5 %."
             + _visible(
                 pd.concat([cell.rows["detectable_factor"] for cell in tested]),
@@ -465,27 +471,64 @@ def _stability_summary(
             f"without a test, the most stable one in {len(cells)} combinations of backbone and "
             f"measure is {enumerate_words(counts)}."
         )
-    answer += _target_sentence(tables)
+    answer += _target_sentences(tables, mean)
     answer.append(_divergence_sentence(tables))
     return [*answer, f"Does it agree with ScaleLong? {_agreement(findings)}"]
 
 
+def _overall_sentence(rows: pd.DataFrame, family: str) -> list[str]:
+    """What is shown on average over the backbones; nothing where that cannot be tested."""
+    tested = rows[rows["p_holm"].notna()]
+    if tested.empty:
+        return []
+    several = tested["target"].nunique() > 1
+    parts = []
+    for verdict in ("more stable", "less stable"):
+        words = []
+        for name, here in tested[tested["verdict"] == verdict].groupby("measure", sort=False):
+            better = MEASURES[name].better == "lower"
+            here = here.sort_values("factor", ascending=better == (verdict == "more stable"))
+            arms = (
+                f"{_arm_words(row, several).replace('none', 'no scaling')} {_factor_words(row)}, "
+                f"Holm p {p_text(row['p_holm'])}"
+                for _, row in here.iterrows()
+            )
+            words.append(f"{MEASURES[name].label} ({'; '.join(arms)})")
+        parts.append(f"{verdict} in {enumerate_words(words) if words else 'nothing'}")
+    silent = int((tested["verdict"] == "no difference shown").sum())
+    return [
+        f"On average over {_ends(tested['n_backbones'])} backbones (geometric mean in each of "
+        f"{_ends(tested['n_pairs'])} seeds, Holm's correction over {family}, 5 %): "
+        f"{'; '.join(parts)}; no difference shown in {silent} of {len(tested)} tests."
+    ]
+
+
+def _ends(counts: Iterable[float]) -> str:
+    """ "3", or "2 to 3"."""
+    numbers = sorted({int(count) for count in counts})
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
 def _agreement(findings: list[Finding]) -> str:
-    """How many claims were reproduced and how many not, and on how many backbones each."""
+    """How many claims were reproduced and how many not, and which."""
     counts = pd.Series([finding.word for finding in findings]).value_counts()
     words = [f"{counts.get(word, 0)} {word}" for word in (REPRODUCED, CONTRADICTED, UNTESTABLE)]
-    judged = [f"{finding.claim}: {finding.count}" for finding in findings if finding.count]
     text = f"Of {len(findings)} claims {enumerate_words(words)}."
-    return f"{text} By claim: {'; '.join(judged)}." if judged else text
+    for word in (REPRODUCED, CONTRADICTED):
+        named = [f"{one.claim} ({one.count})" for one in findings if one.word == word]
+        text += f" {word.capitalize()}: {'; '.join(named)}." if named else ""
+    return text
 
 
-def _target_sentence(tables: Tables) -> list[str]:
+def _target_sentences(tables: Tables, mean: pd.DataFrame) -> list[str]:
     """What stable targets do to the same measures, where the study has them."""
     rows = tables.stability
     rows = rows[(rows["against"] == "dsm") & rows["factor"].notna()]
     if rows.empty:
         return []
     intro = "STF against DSM at the same backbone and scaling"
+    average = _overall_sentence(mean[mean["against"] == "dsm"], "the arms of a measure")
+    average = [f"STF against DSM: {text[0].lower()}{text[1:]}" for text in average]
     tested = rows[rows["p_holm"].notna()]
     if tested.empty:
         lower = rows["better"] == "lower"
@@ -499,7 +542,8 @@ def _target_sentence(tables: Tables) -> list[str]:
         here = tested[tested["verdict"] == verdict]
         counts = [f"{MEASURES[name].label} {n}" for name, n in _ranked(here["measure"])]
         parts.append(f"{verdict} in {len(here)}" + (f" ({', '.join(counts)})" if counts else ""))
-    return [f"{intro}: of {len(tested)} tests {', '.join(parts)}, no difference shown in the rest."]
+    text = f"{intro}: of {len(tested)} tests {', '.join(parts)}, no difference shown in the rest."
+    return [*average, text]
 
 
 def _ranked(values: pd.Series) -> list[tuple[str, int]]:
@@ -535,15 +579,18 @@ def _divergence_sentence(tables: Tables) -> str:
 def scalelong_findings(tables: Tables) -> list[Finding]:
     """ScaleLong's claims about stability, judged on the DSM arms over all backbones at once.
 
-    For one claim Holm's correction spans the tests of all its backbones and scalings, so that many
-    backbones give no more room for chance than one. The claim is shown on a backbone where at
-    least one scaling then differs on the claimed side (the claim about the order: where every CS
-    and LS arm does), the opposite where at least one differs on the other side. As a whole it is
+    The mean over the backbones decides (:func:`study.analysis.stability.overall`): a claim is
+    shown on average where at least one scaling differs on the claimed side after Holm's correction
+    over the scalings (the claim about the order: where all CS and LS arms do). Backbones alone can
+    take that away: there Holm's correction spans all backbones and scalings of the claim, and the
+    claim or its opposite is shown on a backbone where one scaling then differs. The claim is
 
-    - reproduced: shown on at least half of the backbones that could be tested, the opposite on
-      none;
-    - not reproduced: the opposite shown on at least one, and on more backbones than the claim;
+    - reproduced: shown on average, the opposite neither on average nor on any backbone;
+    - not reproduced: only the opposite shown on average, or on more backbones than the claim;
     - not testable at this budget: everything else.
+
+    Where no mean can be tested, say because there are not two seeds in which every backbone has
+    its pair, the claim must be shown on at least half of the backbones that can be tested.
     """
     figure = "ScaleLong, figure 1"
     claims = [
@@ -567,8 +614,10 @@ def scalelong_findings(tables: Tables) -> list[Finding]:
     ]
     rows = tables.stability
     rows = rows[(rows["against"] == "none") & rows["factor"].notna()]
+    mean = overall(tables.stability_pairs)
+    mean = mean[mean["against"] == "none"]
     if (rows["target"] == "dsm").any():
-        rows = rows[rows["target"] == "dsm"]
+        rows, mean = rows[rows["target"] == "dsm"], mean[mean["target"] == "dsm"]
     answer = []
     for claim, source, measure in claims:
         here = rows[rows["measure"] == measure]
@@ -576,8 +625,8 @@ def scalelong_findings(tables: Tables) -> list[Finding]:
             reason = f"this study has no measure of the {MEASURES[measure].label}"
             answer.append(Finding(claim, source, UNTESTABLE, f"{reason}."))
             continue
-        tests = here.assign(side=np.log(here["factor"]), detectable=here["detectable_factor"])
-        word, count, reason = _judge(tests)
+        average = mean[mean["measure"] == measure]
+        word, count, reason = _judge(_sides(here), _sides(average))
         seen = int((here["factor"] < 1).sum())
         reason += (
             f" Seen, tested or not: a factor below 1 in {seen} of {len(here)} scaled arms, "
@@ -597,20 +646,26 @@ def scalelong_findings(tables: Tables) -> list[Finding]:
     return answer
 
 
-def _judge(tests: pd.DataFrame, every: bool = False) -> tuple[str, str, str]:
-    """The word for a claim, its count of backbones and its reason, by the rule above.
+def _sides(rows: pd.DataFrame) -> pd.DataFrame:
+    """Compared rows as tests of a claim that factors are below 1."""
+    factors = rows["factor"].astype(float)
+    return rows.assign(side=np.log(factors), detectable=rows["detectable_factor"])
+
+
+def _judge(tests: pd.DataFrame, average: pd.DataFrame, every: bool = False) -> tuple[str, str, str]:
+    """The word for a claim, where it was shown, and its reason, by the rule above.
 
     ``tests`` has a row per tested arm: ``line``, ``p_value``, ``side`` (below zero: as claimed) and
-    ``detectable`` (a factor). ``every``: a backbone needs all its arms on the claimed side.
+    ``detectable`` (a factor). ``average`` has a row per scaling over all backbones: ``p_value``,
+    ``side``, ``skip_scaling``, ``n_backbones``; it is empty for a single backbone. ``every``: all
+    arms must be on the claimed side.
     """
-    tests = tests.assign(p=holm(tests["p_value"]))
-    sure = tests["p"] < 1 - LEVEL
-    tests = tests.assign(holds=sure & (tests["side"] < 0), fails=sure & (tests["side"] > 0))
+    tests, average = _corrected(tests), _corrected(average)
     shown, opposite, silent, untested = [], [], [], []
     for line in style.order_lines(tests["line"]):
         here = tests[tests["line"] == line]
         name = style.line_label(line)
-        holds = here["holds"].all() if every else here["holds"].any()
+        holds = _holds(here, every)
         if here["p"].isna().all():
             untested.append(name)
         elif not holds and not here["fails"].any():
@@ -619,31 +674,59 @@ def _judge(tests: pd.DataFrame, every: bool = False) -> tuple[str, str, str]:
         opposite += [name] if here["fails"].any() else []
     total = tests["line"].nunique()
     tested = total - len(untested)
-    if shown and not opposite and 2 * len(shown) >= tested:
-        word = REPRODUCED
+    if known := bool(average["p"].notna().any()):
+        agrees, denied = _holds(average, every), bool(average["fails"].any())
     else:
-        word = CONTRADICTED if len(opposite) > len(shown) else UNTESTABLE
+        agrees, denied = bool(shown) and 2 * len(shown) >= tested, False
+    if agrees and not denied and not opposite:
+        word = REPRODUCED
+    elif (denied and not agrees) or len(opposite) > len(shown):
+        word = CONTRADICTED
+    else:
+        word = UNTESTABLE
 
     def named(names: list[str]) -> str:
         return f" ({', '.join(names)})" if 0 < len(names) < total else ""
 
     backbones = "backbone" if tested == 1 else "backbones"
     count = f"shown on {len(shown)} of {tested} {backbones}, the opposite on {len(opposite)}"
+    first = ""
+    if known:
+        side = "shown" if agrees else "the opposite shown" if denied else "not shown"
+        count = f"{side} on average; alone {count}"
+        first = f"On average over {_ends(average['n_backbones'])} backbones: " + ", ".join(
+            f"{style.scaling_label(row['skip_scaling'])} × {np.exp(row['side']):.3g} "
+            f"(Holm p {p_text(row['p'])})"
+            for _, row in average[average["p"].notna()].iterrows()
+        )
+        first += ". Backbone by backbone: "
     if not tested:
         return word, "no test is possible", "No test is possible on any backbone."
     parts = [
-        f"Holds on {len(shown)} of {tested} {backbones} that could be tested{named(shown)}",
+        f"{'holds' if known else 'Holds'} on {len(shown)} of {tested} {backbones} that could be "
+        f"tested{named(shown)}",
         f"the opposite on {len(opposite)}{named(opposite)}",
     ]
     if silent:
-        known = tests.loc[tests["line"].map(style.line_label).isin(silent), "detectable"]
+        seen = tests.loc[tests["line"].map(style.line_label).isin(silent), "detectable"]
         parts.append(
             f"no difference shown on {len(silent)}"
-            + _visible(known, f", where {_SEEN} by one test alone")
+            + _visible(seen, f", where {_SEEN} by one test alone")
         )
     parts += [f"no test is possible on {len(untested)}{named(untested)}"] if untested else []
     scope = f"Holm's correction over {int(tests['p'].notna().sum())} tests"
-    return word, count, f"{'; '.join(parts)} ({scope})."
+    return word, count, f"{first}{'; '.join(parts)} ({scope})."
+
+
+def _corrected(tests: pd.DataFrame) -> pd.DataFrame:
+    """Tests with Holm's p over all of them, and whether each is sure on one of the sides."""
+    tests = tests.assign(p=holm(tests["p_value"]))
+    sure = tests["p"] < 1 - LEVEL
+    return tests.assign(holds=sure & (tests["side"] < 0), fails=sure & (tests["side"] > 0))
+
+
+def _holds(tests: pd.DataFrame, every: bool) -> bool:
+    return bool(len(tests) and (tests["holds"].all() if every else tests["holds"].any()))
 
 
 def _published_factors(measure: str) -> str:
@@ -673,6 +756,7 @@ def _order_finding(tables: Tables) -> Finding:
     if (runs["target"] == "dsm").any():
         runs = runs[runs["target"] == "dsm"]
     tests = []
+    ratios: dict[str, dict[str, pd.Series]] = {}
     for line, part in runs.groupby("line"):
         scalings = style.order_scalings(part["skip_scaling"])
         if HALF not in scalings:
@@ -680,21 +764,37 @@ def _order_finding(tables: Tables) -> Finding:
         for scaling in scalings:
             if style.method(scaling) in ("cs", "ls", "ls_unshared"):
                 both = pairs(replace(tables, runs=part), values, "skip_scaling", scaling, HALF)
-                result = paired(both["log_ratio"].dropna())
-                tests.append(
-                    {
-                        "line": line,
-                        "p_value": result.p,
-                        "side": result.mean,
-                        "detectable": float(np.exp(result.detectable)),
-                    }
-                )
+                logs = both.set_index(_SEEDS)["log_ratio"].dropna()
+                ratios.setdefault(scaling, {})[line] = logs
+                tests.append({"line": line, **_side(logs)})
     source = "ScaleLong, figure 1"
     if not tests:
         return Finding(claim, source, UNTESTABLE, "no backbone has both kinds of arm.")
-    word, count, reason = _judge(pd.DataFrame(tests), every=True)
-    reason += " A backbone counts where every CS and LS arm holds."
+    average = [
+        {
+            "skip_scaling": scaling,
+            "n_backbones": len(by_line),
+            **_side(pd.DataFrame(by_line).dropna().mean(axis=1)),
+        }
+        for scaling, by_line in ratios.items()
+        if len(by_line) > 1
+    ]
+    columns = ["skip_scaling", "n_backbones", "p_value", "side", "detectable"]
+    word, count, reason = _judge(
+        pd.DataFrame(tests), pd.DataFrame(average, columns=columns), every=True
+    )
+    reason += " The claim needs every CS and LS arm."
     return Finding(claim, source, word, reason, count)
+
+
+def _side(logs: pd.Series) -> dict[str, float]:
+    """A test of a mean log ratio, for :func:`_judge`."""
+    result = paired(logs)
+    return {
+        "p_value": result.p,
+        "side": result.mean,
+        "detectable": float(np.exp(result.detectable)),
+    }
 
 
 def findings_table(tables: Tables) -> Any:

@@ -23,7 +23,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from study.analysis import statistics, style
-from study.analysis.stability import MEASURES
+from study.analysis.stability import ALL, MEASURES, overall
 from study.analysis.tables import Tables
 from study.files import UserError
 
@@ -167,12 +167,14 @@ def _panels(fig: Figure, count: int, columns: int, **options: Any) -> list:
     return axes[:count]
 
 
-def _line_grid(rows: list, lines: list[str], top: float, height: float, **options: Any) -> tuple:
-    """A figure with an axes per (row, line), at most five lines abreast.
+def _line_grid(
+    rows: list, lines: list[str], top: float, height: float, most: int = 5, **options: Any
+) -> tuple:
+    """A figure with an axes per (row, line), at most ``most`` lines abreast.
 
     Returns the figure, {(row, line): axes}, and {row: the axes in its first column}.
     """
-    abreast = math.ceil(len(lines) / math.ceil(len(lines) / 5))
+    abreast = math.ceil(len(lines) / math.ceil(len(lines) / most))
     blocks = [lines[start : start + abreast] for start in range(0, len(lines), abreast)]
     fig = style.figure(height=top + height * len(rows) * len(blocks))
     grid = fig.subplots(len(blocks) * len(rows), abreast, squeeze=False, **options)
@@ -200,9 +202,10 @@ def _empty(axes: Any) -> None:
 
 
 def _plain_log(axis: Any) -> None:
-    """Plain numbers on a logarithmic axis, at 1, 2, 5 (and 3, 7 over less than a decade)."""
+    """Plain numbers on a logarithmic axis: at 1, 2, 3, 5, 7 over a decade, fewer over more."""
     low, high = axis.get_view_interval()
-    subs = (2, 5) if high / low > 10 else (2, 3, 5, 7)
+    span = high / low
+    subs = (2, 3, 5, 7) if span < 10 else (2, 5) if span < 100 else (3,) if span < 1000 else ()
     plain = matplotlib.ticker.FuncFormatter(lambda value, _: f"{value:g}")
     axis.set_major_formatter(plain)
     axis.set_minor_locator(matplotlib.ticker.LogLocator(subs=subs))
@@ -527,7 +530,7 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     )
     absent = [line for line in style.order_lines(tables.runs["line"]) if line not in lines]
     if absent:
-        words += f" No pair finished: {', '.join(map(style.line_label, absent))}."
+        words += f" Nothing to compare: {', '.join(map(style.line_label, absent))}."
     style.footer(
         fig, _made_of(tables, metric, f"Pairs per arm: {', '.join(map(str, pairs))}. {words}")
     )
@@ -935,19 +938,27 @@ def sample_grids(tables: Tables) -> Figure:
         else "Sampling seeds or samplers differ between runs: tiles do not share their latents."
     )
     stacked = len(scalings) * len(targets) > 10
-    across = len(scalings) * (1 if stacked else len(targets))
+    # Stacked panels share their columns; others have the scalings of their own arms only.
+    columns = {
+        target: scalings
+        if stacked
+        else style.order_scalings(runs.loc[runs["target"] == target, "skip_scaling"])
+        for target in targets
+    }
+    across = len(scalings) if stacked else sum(map(len, columns.values()))
     down = len(lines) * (len(targets) if stacked else 1)
     cell = min((style.WIDTH - 0.75) / across, 1.1)
     heads = 0.35 * (len(targets) if stacked else 1)
     fig = style.figure(min(style.WIDTH, cell * across + 0.95), 0.27 + heads + cell * 1.02 * down)
     style.footer(fig, _made_of(tables, more=words))
     shape = (len(targets), 1) if stacked else (1, len(targets))
-    parts = list(fig.subfigures(*shape, squeeze=False).flat)
+    widths = None if stacked else [len(own) for own in columns.values()]
+    parts = list(fig.subfigures(*shape, squeeze=False, width_ratios=widths).flat)
     index = first.set_index(["line", "skip_scaling", "target"])
     for number, (part, target) in enumerate(zip(parts, targets, strict=True)):
-        grid = part.subplots(len(lines), len(scalings), squeeze=False)
+        grid = part.subplots(len(lines), len(columns[target]), squeeze=False)
         for i, line in enumerate(lines):
-            for j, scaling in enumerate(scalings):
+            for j, scaling in enumerate(columns[target]):
                 axes, key = grid[i][j], (line, scaling, target)
                 axes.set(xticks=[], yticks=[], aspect="equal")
                 for spine in axes.spines.values():
@@ -956,7 +967,8 @@ def sample_grids(tables: Tables) -> Figure:
                 if i == 0:
                     axes.set_title(style.scaling_label(scaling), fontsize=6, loc="center", pad=3)
                 if j == 0 and (number == 0 or stacked):
-                    axes.set_ylabel(style.line_label(line), fontsize=6.5)
+                    words = textwrap.wrap(style.line_label(line), 14)
+                    axes.set_ylabel("\n".join(words), fontsize=6.5)
         part.suptitle(style.target_label(target), fontsize=8, weight="bold")
     return fig
 
@@ -1230,10 +1242,13 @@ def stability(tables: Tables) -> Figure:
         for i, scaling in enumerate(scalings)
         for j, target in enumerate(targets)
     }
-    lines = style.order_lines(rows["line"])
-    height = 0.44 + (0.085 + 0.035 * len(targets)) * len(scalings)
-    fig, cells, first = _line_grid(measures, lines, 1.0, height)
     pairs = sorted(set(rows["n_pairs"]))
+    mean = overall(tables.stability_pairs)
+    mean = mean[(mean["against"] == "none") & mean["factor"].notna()]
+    lines = [ALL] * (not mean.empty) + style.order_lines(rows["line"])
+    rows = rows if mean.empty else pd.concat([mean, rows])
+    height = 0.44 + (0.085 + 0.035 * len(targets)) * len(scalings)
+    fig, cells, first = _line_grid(measures, lines, 1.0, height, most=6)
     tested = bool(rows["p_value"].notna().any())
     style.footer(
         fig,
@@ -1247,7 +1262,13 @@ def stability(tables: Tables) -> Figure:
                 else ""
             )
             + (
-                "Filled: Holm-corrected p < 0.05 over the tests of that measure and backbone. "
+                "All backbones: geometric mean of the backbones' factors in each seed that is "
+                "whole on all of them. "
+                if len(mean)
+                else ""
+            )
+            + (
+                "Filled: Holm-corrected p < 0.05 over the tests of that measure and panel. "
                 if tested
                 else "No test is possible (too few pairs, or none that differ in their factor): "
                 "factors are shown, not claimed. "

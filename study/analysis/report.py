@@ -192,8 +192,6 @@ class _Page:
                 f"Diverged: {'; '.join(named[:5])}"
                 + (f"; and {len(named) - 5} more arms." if len(named) > 5 else ".")
             )
-        elif finished:
-            answer.append("No run diverged.")
         rows = self.tables.comparisons
         rows = rows[rows["metric"] == (self.metric or "")]
         if len(rows):

@@ -7,7 +7,7 @@ target), always over runs that share all seeds.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +124,8 @@ _GAINS = {"robustness_gain": "noise", "network_gain": "network"}
 _DIVERGED = "training diverged"
 _EVERY_RATE = "trained at every rate tried: the largest may be larger"
 _SPLITS = "several networks trained one after another: their training has no common end"
+ALL = "all"
+"""Stands for a backbone where a number is a mean over all of them."""
 # Oscillations are comparable where steps between logged points agree up to a lost point.
 _SPACING = 0.05
 
@@ -280,6 +282,98 @@ def stability_rows(
     for the DSM arm that does, and empty for an arm that has neither. Holm's correction spans one
     question: the tests of one measure on one backbone against one of the two.
     """
+    answer = []
+    for measure, rows, others, unscaled in _contests(measures, specs):
+        level = {**rows[0], "note": "", "verdict": "", **_level(rows, measure)}
+        for against, theirs in others.items():
+            result = _compare(rows, theirs, seeds, measure)
+            baseline = theirs[0]["arm"]
+            answer.append({**level, "against": against, "baseline": baseline, **result})
+        if not others:
+            note = "" if unscaled else "no unscaled arm to compare with"
+            answer.append({**level, "against": "", "baseline": "", "note": note})
+    _correct(answer, ("measure", "line", "against"))
+    return answer
+
+
+def pair_rows(
+    measures: Sequence[Row], specs: Mapping[str, Row], seeds: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """Rows of ``stability_pairs.csv``: every pair of runs behind the t-tests of ``stability.csv``.
+
+    ``factor`` is the run's value over that of ``baseline_run``. A pair that cannot be compared has
+    none, and a note that says why: it counts as lost, not as absent.
+    """
+    answer = []
+    for measure, rows, others, _ in _contests(measures, specs):
+        if measure.test != "t":
+            continue
+        for against, theirs in others.items():
+            for one, other, why in _pairs(rows, theirs, seeds):
+                answer.append(
+                    {
+                        **one,
+                        "against": against,
+                        "baseline": other["arm"],
+                        "baseline_run": other["run"],
+                        "seeds": seeds[one["run"]],
+                        "factor": None if why else one["value"] / other["value"],
+                        "note": why,
+                    }
+                )
+    return answer
+
+
+def overall(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Every scaling and target over all backbones: is there an effect on average?
+
+    ``pairs`` has the columns of ``stability_pairs.csv``; the answer those of ``stability.csv`` that
+    speak of comparisons, ``line`` being :data:`ALL`, and ``n_backbones``. An arm that a single
+    backbone has is left out. A seed gives one number, the geometric
+    mean of its factors over the backbones that have the arm, and counts where none of them lost
+    its pair: no backbone drops out of the mean in one seed and not in another, and runs that share
+    their seed are not taken for independent ones. Holm's correction spans the arms of one measure
+    and ``against``. Backbones are those of the study, not a sample of all.
+    """
+    answer: list[dict[str, Any]] = []
+    words = ["measure", "against", "skip_scaling", "target"]
+    for key, group in pairs.groupby(words, sort=False):
+        table = group.pivot(index="seeds", columns="baseline", values="factor").astype(float)
+        if table.shape[1] < 2:
+            continue
+        whole = table.dropna()
+        lost = len(table) - len(whole)
+        result = _ratios(np.log(whole.to_numpy()).mean(axis=1).tolist())
+        notes = [result["note"]] if result["note"] else []
+        notes += [f"{lost} seed{'s' if lost > 1 else ''} left out: a pair was lost"] if lost else []
+        answer.append(
+            {
+                **dict(zip(words, key, strict=True)),
+                **result,
+                "line": ALL,
+                "better": MEASURES[key[0]].better,
+                "n_backbones": table.shape[1],
+                "n_pairs": len(whole),
+                "note": "; ".join(notes),
+            }
+        )
+    _correct(answer, ("measure", "against"))
+    return pd.DataFrame(answer, columns=None if answer else _OVERALL)
+
+
+_OVERALL = [
+    *("measure", "against", "skip_scaling", "target", "line", "better", "n_backbones", "n_pairs"),
+    *("factor", "factor_low", "factor_high", "p_value", "p_holm", "detectable_factor", "verdict"),
+]
+
+
+def _contests(
+    measures: Sequence[Row], specs: Mapping[str, Row]
+) -> Iterator[tuple[Measure, list[Row], dict[str, list[Row]], bool]]:
+    """Every measure and arm: its rows, those of the arms it is judged by, is there an unscaled one.
+
+    The latter are by "none" (the unscaled arm) and "dsm" (the DSM arm), where it is not the arm.
+    """
     twins = {
         "none": {
             _rest(spec, "skip_scaling"): arm
@@ -297,28 +391,17 @@ def stability_rows(
     for row in measures:
         by_arm[row["measure"], row["arm"]].append(row)
     place = list(MEASURES)
-    answer = []
-    for (name, arm), rows in sorted(
-        by_arm.items(), key=lambda item: (place.index(item[0][0]), item[0][1])
-    ):
+    for name, arm in sorted(by_arm, key=lambda key: (place.index(key[0]), key[1])):
         measure = MEASURES[name]
-        level = {**rows[0], "note": "", "verdict": "", **_level(rows, measure)}
         own = {
             against: arms.get(_rest(specs[arm], part[against])) for against, arms in twins.items()
         }
         others = {
-            against: twin
+            against: by_arm[name, twin]
             for against, twin in own.items()
             if twin not in (None, arm) and (against == "none" or measure.across_targets)
         }
-        for against, twin in others.items():
-            result = _compare(rows, by_arm[name, twin], seeds, measure)
-            answer.append({**level, "against": against, "baseline": twin, **result})
-        if not others:
-            note = "no unscaled arm to compare with" if own["none"] is None else ""
-            answer.append({**level, "against": "", "baseline": "", "note": note})
-    _correct(answer)
-    return answer
+        yield measure, by_arm[name, arm], others, own["none"] is not None
 
 
 def _rest(spec: Row, part: str) -> str:
@@ -351,18 +434,12 @@ def _compare(
 ) -> dict[str, Any]:
     if not measure.ratio:
         return _compare_counts(rows, others)
-    theirs = {seeds[row["run"]]: row for row in others}
-    pairs = [(row, theirs[seeds[row["run"]]]) for row in rows if seeds[row["run"]] in theirs]
     whole, lost = [], Counter()
-    for pair in pairs:
-        reasons = {_why(row) for row in pair if row["value"] is None}
-        apart = [row["spacing"] for row in pair if row.get("spacing")]
-        if len(apart) == 2 and not math.isclose(*apart, rel_tol=_SPACING):
-            reasons.add("curves logged at unlike steps")
-        if reasons:
-            lost["diverged" if "diverged" in reasons else min(reasons)] += 1
+    for one, other, why in _pairs(rows, others, seeds):
+        if why:
+            lost[why] += 1
         else:
-            whole.append(pair)
+            whole.append((one, other))
     logs = [math.log(a["value"] / b["value"]) for a, b in whole]
     result = (_signs if measure.test == "sign" else _ratios)(logs)
     notes = [result["note"]] if result["note"] and (whole or not lost) else []
@@ -374,6 +451,22 @@ def _compare(
         "n_diverged_pairs": lost["diverged"],
         "note": "; ".join(notes),
     }
+
+
+def _pairs(
+    rows: Sequence[Row], others: Sequence[Row], seeds: Mapping[str, str]
+) -> Iterator[tuple[Row, Row, str]]:
+    """Runs of two arms with equal seeds, and why they cannot be compared; empty where they can."""
+    theirs = {seeds[row["run"]]: row for row in others}
+    for one in rows:
+        other = theirs.get(seeds[one["run"]])
+        if other is None:
+            continue
+        reasons = {_why(row) for row in (one, other) if row["value"] is None}
+        apart = [row["spacing"] for row in (one, other) if row.get("spacing")]
+        if len(apart) == 2 and not math.isclose(*apart, rel_tol=_SPACING):
+            reasons.add("curves logged at unlike steps")
+        yield one, other, "diverged" if "diverged" in reasons else min(reasons, default="")
 
 
 def _why(row: Row) -> str:
@@ -466,12 +559,15 @@ def _compare_counts(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any
     }
 
 
-def _correct(rows: list[dict[str, Any]]) -> None:
-    """Add Holm's p, the number of tests behind it and the verdict to compared rows, in place."""
+def _correct(rows: list[dict[str, Any]], question: Sequence[str]) -> None:
+    """Add Holm's p, the number of tests behind it and the verdict to compared rows, in place.
+
+    Rows that agree in the columns ``question`` are the tests of one family.
+    """
     families: dict[tuple, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         if row["against"]:
-            families[row["measure"], row["line"], row["against"]].append(row)
+            families[tuple(row[name] for name in question)].append(row)
     for family in families.values():
         adjusted = statistics.holm([row["p_value"] for row in family])
         tests = sum(math.isfinite(p) for p in adjusted)

@@ -15,6 +15,7 @@ import seaborn as sns
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 
+from study.analysis.stability import ALL
 from study.files import atomic
 
 WIDTH = 7.2
@@ -109,6 +110,8 @@ def _backbone(line: str) -> tuple[str, str]:
 
 def line_label(line: str) -> str:
     """The proper name of a backbone, with whatever else tells its rows apart."""
+    if line == ALL:
+        return "all backbones"
     first, *rest = line.split(" / ")
     word, bracket, options = first.partition("(")
     name, more = _backbone(word)

@@ -59,6 +59,8 @@ COLUMNS = {
         {arm} measure better against baseline n mean mean_low mean_high n_runs n_diverged n_missing
         test n_pairs n_diverged_pairs factor factor_low factor_high p_value p_holm tests_in_family
         detectable_factor verdict note"""),
+    "stability_pairs": _names("""
+        run {arm} seed status measure better against baseline baseline_run seeds factor note"""),
     "qc": _names("severity check run detail"),
 }
 INTEGERS = set(
@@ -77,7 +79,7 @@ NUMBERS = set(
 )
 TABLES = (
     *("runs", "metrics", "identities", "summary", "comparisons", "cost"),
-    *("oscillation", "measures", "stability", "qc"),
+    *("oscillation", "measures", "stability", "stability_pairs", "qc"),
 )
 
 # Points that are kept of one curve: a quantity of the whole network, or one of many places.
@@ -128,6 +130,7 @@ class Tables:
     oscillation: pd.DataFrame
     measures: pd.DataFrame
     stability: pd.DataFrame
+    stability_pairs: pd.DataFrame
     qc: pd.DataFrame
     dynamics: pd.DataFrame
     probes: dict[str, pd.DataFrame] = field(default_factory=dict)
@@ -296,6 +299,7 @@ def aggregate(manifest: str | Path | Mapping[str, Any], results: str | Path, out
     measures = stability.measure_rows(runs, oscillation, probes, imported, split)
     _write(out, "measures", measures)
     _write(out, "stability", stability.stability_rows(measures, specs, seeds))
+    _write(out, "stability_pairs", stability.pair_rows(measures, specs, seeds))
     problems += _quality_checks(found, runs, metrics)
     problems += _log_spacings(oscillation)
     order = {"error": 0, "warning": 1, "note": 2}

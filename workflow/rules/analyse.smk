@@ -45,6 +45,7 @@ rule aggregate:
             category="Tables",
             labels={"table": "qc"},
         ),
+        pairs=f"{TABLES}/stability_pairs.csv",
         runs=f"{TABLES}/runs.csv",
         metrics=f"{TABLES}/metrics.csv",
         identities=f"{TABLES}/identities.csv",
