@@ -703,7 +703,8 @@ def test_notebook_and_report_say_the_same_of_scalelong(tree, tables, tmp_path):
     row = row_of(tables, "feature_norm", "uvit / cs(0.7) / dsm")
     table = claims.factor_table(tables.only(target_kind="dsm"), "feature_norm").data
     assert f"[{row['factor_low']:.3g}, {row['factor_high']:.3g}]" in table
-    assert table.count("<tr") == 1 + 4
+    assert table.count("<tr") == 1 + 2 + 4  # head, both scalings on average, both on two backbones
+    assert table.index("all backbones") < table.index("U-ViT")
 
 
 # --- checks of the benchmark itself ---------------------------------------------------------------

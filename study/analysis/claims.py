@@ -807,8 +807,11 @@ def findings_table(tables: Tables) -> Any:
 
 
 def factor_table(tables: Tables, measure: str) -> Any:
-    """Factors of one measure against the unscaled arm, with intervals, Holm's p and verdicts."""
-    rows = tables.stability
+    """Factors of one measure against the unscaled arm, with intervals, Holm's p and verdicts.
+
+    Over all backbones first, where there are several.
+    """
+    rows = pd.concat([overall(tables.stability_pairs), tables.stability])
     rows = rows[(rows["measure"] == measure) & (rows["against"] == "none")]
     lines = [
         {
@@ -824,7 +827,7 @@ def factor_table(tables: Tables, measure: str) -> Any:
             "verdict": row["verdict"],
             "remark": row["note"],
         }
-        for line in style.order_lines(rows["line"])
+        for line in sorted(style.order_lines(rows["line"]), key=lambda line: line != ALL)
         for scaling in style.order_scalings(rows["skip_scaling"])
         for _, row in rows[(rows["line"] == line) & (rows["skip_scaling"] == scaling)].iterrows()
     ]
