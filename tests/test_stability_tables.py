@@ -470,6 +470,14 @@ def test_no_backbone_drops_out_of_the_mean_in_some_seeds():
     assert math.isnan(lost["factor"])
 
 
+def test_pairs_of_runs_are_averaged_like_measures():
+    rows = [("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 5.0), ("b", 1, np.nan), ("b", 2, 7.0)]
+    both = pd.DataFrame(rows, columns=["line", "data_seed", "difference"])
+    both = both.assign(init_seed=both["data_seed"], noise_seed=both["data_seed"])
+    assert claims.averaged(both, "difference").tolist() == [3.0]
+    assert claims.averaged(both[both["line"] == "a"], "difference").empty
+
+
 def test_one_backbone_has_no_mean_over_backbones():
     assert stability.overall(pair_table({"a": [0.5, 0.4, 0.6]})).empty
     assert stability.overall(pair_table({"a": [0.5]}).iloc[:0]).empty

@@ -158,6 +158,16 @@ def pairs(
     return both.assign(difference=a - b, log_ratio=ratio)
 
 
+def averaged(both: pd.DataFrame, column: str) -> pd.Series:
+    """Mean of a column of :func:`pairs` over the backbones, in every seed that all of them have.
+
+    Runs that share a seed are not independent, so that a seed is one number. Empty where only one
+    backbone has pairs.
+    """
+    table = both.pivot_table(index=_SEEDS, columns="line", values=column)
+    return table.dropna().mean(axis=1) if table.shape[1] > 1 else pd.Series(dtype=float)
+
+
 def without_option(line: str, option: str) -> str:
     """The line of the same backbone without one option: "uvit(skip=False)" gives "uvit"."""
     found = re.search(r"\(([^)]*)\)", line)
@@ -756,7 +766,7 @@ def _order_finding(tables: Tables) -> Finding:
     if (runs["target"] == "dsm").any():
         runs = runs[runs["target"] == "dsm"]
     tests = []
-    ratios: dict[str, dict[str, pd.Series]] = {}
+    ratios: dict[str, list[pd.DataFrame]] = {}
     for line, part in runs.groupby("line"):
         scalings = style.order_scalings(part["skip_scaling"])
         if HALF not in scalings:
@@ -764,20 +774,19 @@ def _order_finding(tables: Tables) -> Finding:
         for scaling in scalings:
             if style.method(scaling) in ("cs", "ls", "ls_unshared"):
                 both = pairs(replace(tables, runs=part), values, "skip_scaling", scaling, HALF)
-                logs = both.set_index(_SEEDS)["log_ratio"].dropna()
-                ratios.setdefault(scaling, {})[line] = logs
-                tests.append({"line": line, **_side(logs)})
+                ratios.setdefault(scaling, []).append(both)
+                tests.append({"line": line, **_side(both["log_ratio"].dropna())})
     source = "ScaleLong, figure 1"
     if not tests:
         return Finding(claim, source, UNTESTABLE, "no backbone has both kinds of arm.")
     average = [
         {
             "skip_scaling": scaling,
-            "n_backbones": len(by_line),
-            **_side(pd.DataFrame(by_line).dropna().mean(axis=1)),
+            "n_backbones": len(parts),
+            **_side(averaged(pd.concat(parts), "log_ratio")),
         }
-        for scaling, by_line in ratios.items()
-        if len(by_line) > 1
+        for scaling, parts in ratios.items()
+        if len(parts) > 1
     ]
     columns = ["skip_scaling", "n_backbones", "p_value", "side", "detectable"]
     word, count, reason = _judge(
