@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from study.files import UserError
+from study.probes import PROBES
 
 app = typer.Typer(
     name="study",
@@ -260,17 +261,26 @@ def evaluate(
 
 @app.command(rich_help_panel=STAGES)
 def probe(
-    kind: Annotated[str, typer.Argument(help="Which probe: robustness, representation, ...")],
+    kind: Annotated[str, typer.Argument(help=f"Which probe: {', '.join(PROBES)}.")],
     data: Data,
     out: Annotated[Path, typer.Option(help="Table to write (.parquet), with a .json beside it.")],
     run_dir: Annotated[
         Path | None, typer.Option(help="Folder of a trained or imported run, which holds train/.")
     ] = None,
-    spec: Annotated[str, typer.Option(help="For probes of an arm: its spec, as for train.")] = "{}",
+    spec: Annotated[
+        str,
+        typer.Option(
+            help="For probes of an arm, instead of --run-dir: its spec, as JSON or the path of a "
+            "JSON file; defaults may be left out."
+        ),
+    ] = "{}",
     manifest: Annotated[
         Path | None, typer.Option(help="For probes of a study: results/<study>/study.json.")
     ] = None,
-    options: Annotated[str, typer.Option(help="Options of the probe, as JSON.")] = "{}",
+    options: Annotated[
+        str,
+        typer.Option(help="Options of the probe, as JSON; `study schema --probe KIND` lists them."),
+    ] = "{}",
     machine: Annotated[str, typer.Option(help="Options that only concern speed.")] = "{}",
     code: Annotated[str | None, typer.Option(help="Digest of the probing code.")] = None,
     threads: Threads = None,
@@ -458,12 +468,16 @@ def parity(
 @app.command(rich_help_panel=CHECKS)
 def schema(
     write: Annotated[Path | None, typer.Option(help="Write it here instead.")] = None,
+    probe: Annotated[str | None, typer.Option(help="Of the options of this probe instead.")] = None,
 ) -> None:
-    """Print the JSON schema of a study."""
+    """Print the JSON schema of a study, or of a probe's options."""
     from study.config import schema as make
     from study.files import write_text
+    from study.probes.options import OPTIONS
 
-    text = json.dumps(make(), indent=1) + "\n"
+    if probe is not None and probe not in OPTIONS:
+        raise UserError(f"--probe: {probe!r} is unknown; allowed: {', '.join(OPTIONS)}")
+    text = json.dumps(OPTIONS[probe].model_json_schema() if probe else make(), indent=1) + "\n"
     if write is None:
         print(text, end="")
     else:
@@ -472,19 +486,21 @@ def schema(
 
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
-    from click import ClickException
-    from click.exceptions import Abort
-
     try:
         app(standalone_mode=False)
     except UserError as error:
         for line in str(error).splitlines():
             print(f"study: {line}", file=sys.stderr)
         sys.exit(2)
-    except ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (Abort, KeyboardInterrupt):
+    except typer.BadParameter.__base__ as error:  # UsageError of typer's own copy of click
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+        else:
+            path = error.ctx.command_path if error.ctx else "study"
+            words = error.format_message().rstrip(".")
+            print(f"study: {words}; see {path} --help", file=sys.stderr)
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except Exception as error:
         # Told by name: importing the trainer here would cost every verb its imports.

@@ -1,6 +1,7 @@
 """A study's configuration: what is accepted, and what a mistake is told."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from jsonschema import Draft202012Validator
 from miniature import base
 
+from study import cli
 from study.arms import runs
 from study.config import load, schema
 from study.files import UserError
@@ -124,3 +126,31 @@ def test_numbers_are_typed():
     whole["training"]["lr"] = 1
     assert load(whole).training.lr == 1.0
     assert isinstance(load(whole).training.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["nosuch"], "No such command 'nosuch'"),
+        (["plan", "--confg", "x"], "No such option: --confg"),
+        (["probe"], "Missing argument 'kind'"),
+        (["train", "--threads", "zero"], "'--threads'"),
+        (["schema", "--probe", "costs"], "'costs' is unknown; allowed: dynamics, "),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("study: ")
+    assert told in line
+
+
+def test_no_command_gives_the_help(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["study"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    told = capsys.readouterr()
+    assert "plan" in told.out + told.err

@@ -174,7 +174,7 @@ def test_a_spec_or_manifest_that_is_none_is_one_line(archive, tmp_path):
     [
         ("robustnes", "allowed: dynamics, robustness"),
         ("robustness", "--run-dir is missing"),
-        ("cost", "--spec is missing"),
+        ("cost", "looks at an arm; --run-dir or --spec is missing"),
         ("scaling_laws", "--manifest is missing"),
     ],
 )
@@ -204,3 +204,10 @@ def test_the_command_line_measures_by_hand(archive, tmp_path):
     wrong = subprocess.run([*command[:4], "nothing", *command[5:]], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr.count("\n") == 1
+
+
+def test_a_probe_of_an_arm_takes_a_run_for_its_spec(archive, run, tmp_path):
+    write_json(tmp_path / "train/status.json", {"status": "done", "spec": run.spec})
+    options = {"steps": 1, "evaluation_batch": 2, "batch": 2}
+    result, _ = measure("cost", archive, tmp_path, run_dir=tmp_path, options=options)
+    assert result["spec"] == arms.complete(run.spec)

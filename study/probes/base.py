@@ -137,8 +137,9 @@ def probe(
 ) -> dict[str, Any]:
     """Measure with one probe; write ``out`` (Parquet, tidy) and, last, ``out`` with ``.json``.
 
-    A probe of runs takes ``run_dir`` (which holds ``train/``), one of arms takes ``spec``, one of
-    a study takes ``manifest`` (``study.json``). A run that diverged gives a table without rows
+    A probe of runs takes ``run_dir`` (which holds ``train/``), one of arms takes ``spec`` or the
+    ``run_dir`` of a run that was trained with it, one of a study takes ``manifest``
+    (``study.json``). A run that diverged gives a table without rows
     and the status "skipped". Returns what the JSON holds. Raises ``UserError`` for an unknown
     probe and for a subject that is missing.
     """
@@ -151,10 +152,16 @@ def probe(
     model = OPTIONS[kind]
     chosen = check(model, dict(options or {}), f"{kind}.")
     out, device, archive = Path(out), _device(), Archive(data)
+    if model.subject == "arm" and spec is None and run_dir is not None:
+        spec = read_json(Path(run_dir) / "train" / "status.json")["spec"]
     given = {"run": run_dir, "arm": spec, "dataset": data, "study": manifest}[model.subject]
     if given is None:
-        option = {"run": "--run-dir", "arm": "--spec", "study": "--manifest"}[model.subject]
-        raise UserError(f"probe {kind}: looks at a {model.subject}; {option} is missing")
+        what, option = {
+            "run": ("a run", "--run-dir"),
+            "arm": ("an arm", "--run-dir or --spec"),
+            "study": ("a study", "--manifest"),
+        }[model.subject]
+        raise UserError(f"probe {kind}: looks at {what}; {option} is missing")
     facts: dict[str, Any] = {"kind": kind, "options": chosen.model_dump(mode="json")}
     facts |= {"code": code, "data_sha256": archive.sha256}
     subject: DatasetSubject

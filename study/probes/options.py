@@ -41,7 +41,7 @@ class Dynamics(PerRun):
 
     speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(512, ge=2, description="Images that every number is measured on.")
-    sigmas: tuple[float, ...] = Field(
+    sigmas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.05, 0.2, 0.5, 1.0, 2.0, 10.0),
         min_length=1,
         description="Noise levels (EDM's sigma) of norms and gates; those that a network does "
@@ -76,10 +76,10 @@ class Representation(PerRun):
 
     speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(256, ge=4, description="Noisy images that blocks are compared on.")
-    sigmas: tuple[float, ...] = Field(
+    sigmas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.1, 0.5, 2.0), description="Noise levels (EDM's sigma) of the spectra."
     )
-    similarity_sigmas: tuple[float, ...] = Field(
+    similarity_sigmas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (),
         description="Noise levels at which blocks are compared as well; all levels together "
         "always.",
