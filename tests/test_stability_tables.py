@@ -241,11 +241,15 @@ def test_gains_are_taken_at_the_smallest_perturbation(tables):
     [
         (["trained", "trained", "diverged"], 4e-3, ""),
         (["trained", "stalled", "trained"], 1e-3, ""),
-        (["trained", "trained", "trained"], 1.6e-2, "the largest may be larger"),
+        (["stalled", "trained", "diverged"], 4e-3, ""),
+        (["stalled", "stalled", "trained"], 1.6e-2, "the limit may be higher"),
+        (["stalled", "diverged", "trained"], None, "trained at no rate tried"),
+        (["stalled", "stalled", "stalled"], None, "trained at no rate tried"),
+        (["trained", "trained", "trained"], 1.6e-2, "the limit may be higher"),
         (["diverged", "trained", "trained"], None, "trained at no rate tried, from 0.001 on"),
     ],
 )
-def test_the_largest_rate_needs_all_smaller_ones(outcomes, rate, words):
+def test_the_largest_rate_ends_the_first_stretch_that_trained(outcomes, rate, words):
     frame = pd.DataFrame({"lr": RATES, "outcome": outcomes}).iloc[::-1]
     found, note = stability.largest_rate(frame)
     assert found == rate
@@ -401,8 +405,12 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
     notes = {row["measure"]: row["note"] for row in rows if row["against"]}
     assert "1 pair left out: a gain is not a positive number" in notes["robustness_gain"]
     assert "1 pair left out: diverged" in notes["robustness_gain"]
-    assert "1 pair left out: trained at no rate tried" in notes[RATE]
-    assert "diverged" not in notes[RATE]
+    # Its rate is below all that were tried: left out, its arm would look better than it is.
+    row = next(row for row in rows if row["measure"] == RATE and row["against"])
+    assert (row["n"], row["n_pairs"]) == (2, 2)
+    assert "larger in 0, smaller in 1, equal in 1" in notes[RATE]
+    assert "trained at no rate tried: 1 of 2 runs of this arm and 0 of 2" in notes[RATE]
+    assert notes[RATE].endswith("the factor is an upper bound")
 
 
 @pytest.mark.parametrize(

@@ -221,10 +221,11 @@ def stability_frontier(tables: Tables) -> Figure:
         _made_of(
             tables,
             more=f"Trainings of {' or '.join(map(str, steps))} steps with the arm's own settings "
-            "at each rate, from the smallest on, up to the first that diverged. Left: the largest "
-            "rate up to which every rate trained (its losses fell below a set share of the first); "
-            "points: seeds (arrow: trained at every rate tried, cross: at none), bar: their "
-            "geometric mean. Right: seeds that diverged of "
+            "at each rate, from the smallest on, up to the first that diverged. Left: the end of "
+            "the first stretch of rates that trained (their losses fell below a set share of the "
+            "first; smaller rates that learned too slowly are left aside); points: seeds (arrow: "
+            "trained up to the largest rate tried, cross: at none, entered as half the smallest), "
+            "bar: their geometric mean. Right: seeds that diverged of "
             "those tried, s: some ended without having learned; hatched: not tried, for a smaller "
             f"rate diverged. Rates are {_grid_words(rates)}: smaller differences cannot be seen. "
             + _probed(frame),
@@ -278,10 +279,9 @@ def _largest(
         arm = best[(best["skip_scaling"] == scaling) & (best["target"] == target)]
         arm = arm.sort_values(["seed", "largest_lr"])
         values = arm["largest_lr"].to_numpy(dtype=float)
-        known = values[np.isfinite(values)]
         colour = colours[scaling]
-        if len(known):
-            mean = math.exp(np.log(known).mean())
+        mean = math.exp(np.log(np.where(np.isfinite(values), values, floor)).mean())
+        if mean > floor:
             axes.barh(position, mean - floor, left=floor, height=0.62, color=colour, alpha=0.35)
         # Seeds side by side: their number alone places them, so that the figure is reproducible.
         offsets = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
@@ -346,7 +346,7 @@ def _frontier_legend(fig: Figure) -> None:
     look = {"ls": "", "color": "#444", "ms": 4}
     handles: list[Any] = [
         Line2D([], [], marker="o", label="largest rate that trains (a seed)", **look),
-        Line2D([], [], marker=">", label="trains at every rate", **look),
+        Line2D([], [], marker=">", label="trains up to the largest", **look),
         Line2D([], [], marker="x", label="trains at none", **{**look, "color": RED}),
         Patch(fc=matplotlib.colormaps["Reds"](0.84), label="diverged / tried"),
         Patch(hatch="/////", fc="#f4f4f4", ec="#c4c4c4", lw=0, label="not tried"),

@@ -99,8 +99,9 @@ MEASURES = {
             "largest_learning_rate",
             "higher",
             "largest learning rate that trains",
-            "the largest rate tried in short trainings for which it and every smaller one "
-            "trained; only whole steps between the rates tried can be seen, so pairs are counted "
+            "the end of the first stretch of rates that trained in short trainings, smaller ones "
+            "that learned too slowly left aside; a run that trained at no rate counts as half the "
+            "smallest; only whole steps between the rates tried can be seen, so pairs are counted "
             "(sign test) and there is no interval",
             test="sign",
         ),
@@ -122,7 +123,8 @@ _CURVES = {
 }
 _GAINS = {"robustness_gain": "noise", "network_gain": "network"}
 _DIVERGED = "training diverged"
-_EVERY_RATE = "trained at every rate tried: the largest may be larger"
+_EVERY_RATE = "trained up to the largest rate tried: the limit may be higher"
+_NO_RATE = "trained at no rate tried"
 _SPLITS = "several networks trained one after another: their training has no common end"
 ALL = "all"
 """Stands for a backbone where a number is a mean over all of them."""
@@ -252,21 +254,29 @@ def _largest_rates(probes: Mapping[str, pd.DataFrame]) -> Found:
     frame = probes.get("stability_frontier", pd.DataFrame())
     if frame.empty:
         return {}
-    return {run: largest_rate(rows) for run, rows in frame.groupby("run")}
+    answer: Found = {}
+    for run, rows in frame.groupby("run"):
+        rate, note = largest_rate(rows)
+        # To leave such a run out would favour its arm: its rate is known to be the lowest of all.
+        answer[run] = (rows["lr"].min() / 2 if rate is None else rate, note)
+    return answer
 
 
 def largest_rate(rows: pd.DataFrame) -> tuple[float | None, str]:
-    """The largest learning rate such that it and all smaller ones trained, and a remark.
+    """The end of the first stretch of learning rates that trained, and a remark.
 
-    ``rows`` has columns ``lr`` and ``outcome``. None where not even the smallest trained.
+    ``rows`` has columns ``lr`` and ``outcome``. Rates that stalled below the first that trained
+    were too small to learn in so few steps, and say nothing about a limit. None where none
+    trained, or where a smaller rate than the first that did diverged.
     """
-    trained = rows["outcome"].eq("trained").groupby(rows["lr"]).all().sort_index()
-    failed = np.flatnonzero(~trained.to_numpy(dtype=bool))
-    if not len(failed):
-        return float(trained.index[-1]), _EVERY_RATE
-    if failed[0] == 0:
-        return None, f"trained at no rate tried, from {trained.index[0]:g} on"
-    return float(trained.index[failed[0] - 1]), ""
+    outcomes = rows.groupby("lr")["outcome"].agg(set).sort_index()
+    rates = [float(rate) for rate in outcomes.index]
+    trained = [found == {"trained"} for found in outcomes]
+    slow = next((i for i, found in enumerate(outcomes) if found != {"stalled"}), len(rates))
+    if slow == len(rates) or not trained[slow]:
+        return None, f"{_NO_RATE}, from {rates[0]:g} on"
+    end = next((i for i in range(slow, len(rates)) if not trained[i]), len(rates)) - 1
+    return rates[end], _EVERY_RATE if end == len(rates) - 1 else ""
 
 
 # --- arms against arms ----------------------------------------------------------------------------
@@ -517,14 +527,17 @@ def _signs(logs: Sequence[float]) -> dict[str, Any]:
 
 def _censored(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     """What the ends of the rates tried hide, on either side of the pairs."""
-    ours, theirs = (sum(pair[i]["note"] == _EVERY_RATE for pair in pairs) for i in (0, 1))
-    if not ours + theirs:
-        return []
-    bound = "a lower bound" if not theirs else "an upper bound" if not ours else "no bound"
-    return [
-        f"trained at every rate tried: {ours} of {len(pairs)} runs of this arm and {theirs} of "
-        f"{len(pairs)} of the other, so the factor is {bound}"
-    ]
+    notes = []
+    bounds = {_EVERY_RATE: ("a lower", "an upper"), _NO_RATE: ("an upper", "a lower")}
+    for words, known in bounds.items():
+        ours, theirs = (sum(pair[i]["note"].startswith(words) for pair in pairs) for i in (0, 1))
+        if ours + theirs:
+            bound = f"{known[not ours]} bound" if not ours or not theirs else "no bound"
+            notes.append(
+                f"{words.partition(':')[0]}: {ours} of {len(pairs)} runs of this arm and {theirs} "
+                f"of {len(pairs)} of the other, so the factor is {bound}"
+            )
+    return notes
 
 
 def _compare_counts(rows: Sequence[Row], others: Sequence[Row]) -> dict[str, Any]:
