@@ -564,8 +564,9 @@ def judged(every: bool = False, **arms: list[tuple[float, float]]) -> tuple[str,
 
 def averages(*tests: tuple[float, float]) -> pd.DataFrame:
     """Tests over all backbones, from (p, side) of every scaling."""
-    rows = [("cs(0.7)", 2, p, side, math.nan) for p, side in tests]
-    words = ["skip_scaling", "n_backbones", "p_value", "side", "detectable"]
+    rows = [("cs(0.7)", 2, p, side, math.exp(side), 0.1, 9.0) for p, side in tests]
+    words = ["skip_scaling", "n_backbones", "p_value", "side"]
+    words += ["factor", "factor_low", "factor_high"]
     return pd.DataFrame(rows, columns=words)
 
 
@@ -617,6 +618,15 @@ def test_the_order_needs_every_scaling_on_average():
     alone = pd.DataFrame({"line": ["uvit"], "p_value": 0.5, "side": -1.0, "detectable": 1.5})
     assert claims._judge(alone, averages(YES, YES), every=True)[0] == "reproduced"
     assert claims._judge(alone, averages(YES, SAME), every=True)[0] == "not testable at this budget"
+
+
+def test_a_tie_is_no_win_for_no_scaling():
+    rows = pd.DataFrame(made_up({"none": [0.1, 0.3], "cs": [0.1, 0.3]}, RATE))
+    rows = rows.assign(skip_scaling="cs(0.7)", target="dsm")
+    (cell,) = claims._cells(rows)
+    assert claims._matrix_cell(cell, False)["text"] == "a tie with no scaling"
+    worse = rows.assign(factor=0.5)
+    assert claims._matrix_cell(claims._cells(worse)[0], False)["text"] == "no scaling"
 
 
 def test_a_claim_is_corrected_over_all_its_backbones():

@@ -252,6 +252,14 @@ class _Cell:
         """How many times more stable the arm is: above 1 on the measure's better side."""
         return 1 / row["factor"] if self.measure.better == "lower" else row["factor"]
 
+    def seen(self, several: bool) -> str:
+        """The most stable arm as seen, without a test: a scaling, none of them, or a tie."""
+        first = self.rows.iloc[0]
+        gain = self.gain(first)
+        if math.isclose(gain, 1, rel_tol=1e-9):
+            return "a tie with no scaling"
+        return _arm_words(first, several) if gain > 1 else "no scaling"
+
 
 def _cells(rows: pd.DataFrame) -> list[_Cell]:
     """Cells of compared rows, which have a ``line``, by backbone and measure."""
@@ -319,11 +327,10 @@ def _matrix_cell(cell: _Cell | None, several: bool) -> dict[str, str]:
         small = "not shown" + _visible(cell.rows["detectable_factor"], "; × {} could be seen")
     else:
         small = "no test"
-    seen = best is not None or cell.gain(first) > 1
+    words = _arm_words(row, several)
+    seen = words if best is not None else cell.seen(several)
     return {
-        "text": f"{_arm_words(row, several)} ×\N{NO-BREAK SPACE}{row['factor']:.3g}"
-        if seen
-        else "no scaling",
+        "text": f"{words} ×\N{NO-BREAK SPACE}{row['factor']:.3g}" if seen == words else seen,
         "small": small,
         "word": "" if best is None else "better",
         "worse": f"less stable: {worse}" if worse else "",
@@ -364,20 +371,16 @@ def _backbone_sentence(cells: list[_Cell], several: bool) -> str:
             )
         elif cell.tested:
             unseen.append(
-                f"{cell.measure.label} (seen best: {_arm_words(first, several)}, "
-                f"× {first['factor']:.3g}"
+                f"{cell.measure.label} (seen best: {cell.seen(several)}; best scaling "
+                f"{_arm_words(first, several)}, × {first['factor']:.3g}"
                 + (f", Holm p {p_text(first['p_holm'])}" if pd.notna(first["p_holm"]) else "")
                 + _visible(cell.rows["detectable_factor"], f"; {_SEEN}")
                 + ")"
             )
         else:
             untested.append(
-                f"{cell.measure.label} (seen best: "
-                + (
-                    f"{_arm_words(first, several)}, × {first['factor']:.3g})"
-                    if cell.gain(first) > 1
-                    else "no scaling)"
-                )
+                f"{cell.measure.label} (seen best: {cell.seen(several)}"
+                + (f", × {first['factor']:.3g})" if cell.gain(first) > 1 else ")")
             )
         lost = cell.with_verdict("less stable")
         worse += [
@@ -410,20 +413,27 @@ def _stability_summary(
     tested = [cell for cell in cells if cell.tested]
     answer = _overall_sentence(mean[mean["against"] == "none"], "the arms of a measure")
     if tested:
-        shown = [(cell, cell.best) for cell in tested if cell.best is not None]
+        shown = [
+            (cell, row) for cell in tested for _, row in cell.with_verdict("more stable").iterrows()
+        ]
+        places = {(cell.line, cell.measure.name) for cell, _ in shown}
         text = (
-            f"Backbone by backbone: in {len(shown)} of {len(tested)} combinations of backbone and "
+            f"Backbone by backbone: in {len(places)} of {len(tested)} combinations of backbone and "
             "measure some scaling is shown to be more stable than no scaling"
         )
         if shown:
-            leaders = pd.Series([style.scaling_label(row["skip_scaling"]) for _, row in shown])
+            names = [style.scaling_label(row["skip_scaling"]) for _, row in shown]
             gains = sorted(cell.gain(row) for cell, row in shown)
-            counts = [f"{label} in {n}" for label, n in _ranked(leaders)]
-            text += f"; the most stable one there is {enumerate_words(counts)}, " + (
+            counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(names))]
+            text += f" ({enumerate_words(counts)}), " + (
                 f"by a factor of {gains[0]:.3g}"
                 if len(gains) == 1
                 else f"by factors from {gains[0]:.3g} to {gains[-1]:.3g}"
             )
+        text += (
+            f"; were there no effect at all, {(1 - LEVEL) * len(tested):.2g} combinations would "
+            "still be expected to show a difference, one way or the other"
+        )
         answer.append(f"{text}.")
         where = [
             f"{style.line_label(line)} ({sum(c.best is not None for c in part)} of "
@@ -459,8 +469,6 @@ def _stability_summary(
                 " Where nothing is shown, a true factor below about {} would mostly have gone "
                 "unseen (median over all tests, before Holm's correction).",
             )
-            + " Each combination may still show a difference by chance, one in twenty if there is "
-            "none anywhere."
             + (
                 " The largest learning rate is not tested: a sign test needs "
                 f"{least_pairs()} unequal pairs."
@@ -469,12 +477,7 @@ def _stability_summary(
             )
         )
     else:
-        seen = [
-            style.scaling_label(cell.rows.iloc[0]["skip_scaling"])
-            if cell.gain(cell.rows.iloc[0]) > 1
-            else "no scaling"
-            for cell in cells
-        ]
+        seen = [cell.seen(several=False) for cell in cells]
         counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(seen))]
         answer.append(
             "No test of stability is possible with these pairs of runs. As seen, "
@@ -579,10 +582,14 @@ def _divergence_sentence(tables: Tables) -> str:
     rows = rows[(rows["measure"] == "diverged") & (rows["against"] == "none")]
     shown = int(rows["verdict"].isin(["more stable", "less stable"]).sum())
     tests = int(rows["p_holm"].notna().sum())
+    judged = (
+        f"{shown} of {tests} arms that Fisher's exact test could judge differ from the unscaled arm"
+        if tests
+        else "too few runs for a test"
+    )
     return (
-        f"Training runs that diverged, by scaling: {', '.join(counts)}; "
-        f"{shown} of {tests} arms that Fisher's exact test could judge differ from the unscaled "
-        "arm. All other measures hold the runs that finished."
+        f"Training runs that diverged, by scaling: {', '.join(counts)}; {judged}. All other "
+        "measures hold the runs that finished."
     )
 
 
@@ -667,8 +674,8 @@ def _judge(tests: pd.DataFrame, average: pd.DataFrame, every: bool = False) -> t
 
     ``tests`` has a row per tested arm: ``line``, ``p_value``, ``side`` (below zero: as claimed) and
     ``detectable`` (a factor). ``average`` has a row per scaling over all backbones: ``p_value``,
-    ``side``, ``skip_scaling``, ``n_backbones``; it is empty for a single backbone. ``every``: all
-    arms must be on the claimed side.
+    ``side``, ``skip_scaling``, ``n_backbones``, ``factor`` with its ends; it is empty for a single
+    backbone. ``every``: all arms must be on the claimed side.
     """
     tests, average = _corrected(tests), _corrected(average)
     shown, opposite, silent, untested = [], [], [], []
@@ -705,7 +712,7 @@ def _judge(tests: pd.DataFrame, average: pd.DataFrame, every: bool = False) -> t
         side = "shown" if agrees else "the opposite shown" if denied else "not shown"
         count = f"{side} on average; alone {count}"
         first = f"On average over {_ends(average['n_backbones'])} backbones: " + ", ".join(
-            f"{style.scaling_label(row['skip_scaling'])} × {np.exp(row['side']):.3g} "
+            f"{style.scaling_label(row['skip_scaling'])} {_factor_words(row)} "
             f"(Holm p {p_text(row['p'])})"
             for _, row in average[average["p"].notna()].iterrows()
         )
@@ -788,20 +795,27 @@ def _order_finding(tables: Tables) -> Finding:
         for scaling, parts in ratios.items()
         if len(parts) > 1
     ]
-    columns = ["skip_scaling", "n_backbones", "p_value", "side", "detectable"]
+    columns = ["skip_scaling", "n_backbones", *_side(pd.Series(dtype=float))]
     word, count, reason = _judge(
         pd.DataFrame(tests), pd.DataFrame(average, columns=columns), every=True
     )
-    reason += " The claim needs every CS and LS arm."
+    above = sum(test["side"] > 0 for test in tests)
+    reason += (
+        f" Seen, tested or not: a factor above 1 in {above} of {len(tests)} arms. The claim needs "
+        "every CS and LS arm. The norm is that of the block with the outermost long skip, which "
+        "constant scaling leaves at factor 1, so that few long skips disfavour CS here."
+    )
     return Finding(claim, source, word, reason, count)
 
 
 def _side(logs: pd.Series) -> dict[str, float]:
     """A test of a mean log ratio, for :func:`_judge`."""
     result = paired(logs)
+    ends = {"factor": result.mean, "factor_low": result.low, "factor_high": result.high}
     return {
         "p_value": result.p,
         "side": result.mean,
+        **{name: float(np.exp(value)) for name, value in ends.items()},
         "detectable": float(np.exp(result.detectable)),
     }
 
