@@ -12,7 +12,7 @@ import synthetic
 from scipy import stats
 
 from study import published
-from study.analysis import evidence
+from study.analysis import evidence, style
 from study.analysis.claims import CONTRADICTED, REPRODUCED, UNTESTABLE
 from study.analysis.statistics import verdict
 from study.analysis.tables import Tables, aggregate
@@ -130,6 +130,18 @@ def test_a_weak_order_stays_weak_however_often_it_is_drawn(study):
         having(study, "scaling_laws", law_rows(dict.fromkeys(range(4), swapped)))
     )
     assert (about["rank correlation with Σκ²"], found.word) == ("+0.90", REPRODUCED)
+
+
+def test_pairs_that_are_always_the_wrong_way_round_are_named(study):
+    # The third scaling lies below the last two in every draw, and lies far above them in Σκ².
+    draws = {n: [5.0, 4.0, 1.0 + 0.01 * n, 3.0 - 0.02 * n, 2.0 + 0.01 * n] for n in range(8)}
+    ((about, found),) = evidence.ranks(having(study, "scaling_laws", law_rows(draws)))
+    names = [style.scaling_label(name) for name in SQUARES]
+    wrong = [f"{names[2]} below {name}" for name in (names[4], names[3])]
+    assert about["remark"] == f"the reverse of Σκ²: {wrong[0]} and {wrong[1]}"
+    assert found.word == CONTRADICTED
+    alike = {n: [5.0, 4.0, 3.0, 2.0 + 0.5 * (-1) ** n, 2.0 - 0.5 * (-1) ** n] for n in range(8)}
+    assert evidence.reversals(having(study, "scaling_laws", law_rows(alike))) == {}
 
 
 def clean_rows(scale: float = 1.0, bound: float = 100.0) -> list[dict]:

@@ -7,6 +7,7 @@ behind them; a study without the probe gets the verdict "not testable at this bu
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from study.analysis.claims import (
     CONTRADICTED,
     REPRODUCED,
     UNTESTABLE,
+    enumerate_words,
     grid,
     not_testable,
     p_text,
@@ -195,31 +197,60 @@ def ranks(tables: Tables) -> list[tuple[dict[str, str], Verdict]]:
     """Per backbone and law: does the measured order follow Σκ²? Holm over all of them.
 
     A test says that there is some order; many draws with one and the same weak order pass it as
-    well. Hence reproduced: shown, and a mean rank correlation of ``ORDERED``. Not reproduced:
-    shown, and the order is the reverse.
+    well. Hence reproduced: shown, and a mean rank correlation of ``ORDERED``. Not reproduced: below
+    that, and the order is shown to be the reverse, in all or for a pair of scalings
+    (:func:`reversals`).
     """
     tests = orders(tables, clean=False)
+    wrong = reversals(tables)
     answers = []
     for network in style.order_lines(tests["network"]):
         for _, row in tests[tests["network"] == network].iterrows():
             law, known = LAWS[row["quantity"]], not math.isnan(row["p"])
+            pairs = wrong.get((network, row["quantity"]), [])
             about = {
                 "backbone": style.line_label(network),
                 "law": law,
                 "rank correlation with Σκ²": f"{row['rho']:+.2f}" if known else "",
                 "draws": str(row["draws"]),
                 "p (Holm)": p_text(row["p_holm"]),
-                "remark": "" if known else "no test",
+                "remark": f"the reverse of Σκ²: {enumerate_words(pairs)}" if pairs else "",
             }
+            about["remark"] = about["remark"] if known else "no test"
+            shown, high = row["p_holm"] < 0.05, row["rho"] >= ORDERED - 1e-9
             word = UNTESTABLE
-            if row["p_holm"] < 0.05 and row["rho"] < 0:
-                word = CONTRADICTED
-            elif row["p_holm"] < 0.05 and row["rho"] >= ORDERED - 1e-9:
+            if shown and high:
                 word = REPRODUCED
-            elif row["p_holm"] < 0.05:
+            elif pairs or (shown and row["rho"] < 0):
+                word = CONTRADICTED
+            elif shown:
                 about["remark"] = "in part: some scalings are out of order"
             answers.append((about, Verdict(word, f"{law} grows with Σκ².")))
     return answers
+
+
+def reversals(tables: Tables) -> dict[tuple[str, str], list[str]]:
+    """Pairs of scalings whose order on a backbone is shown to be the reverse of Σκ²'s.
+
+    By network and quantity, "1/√2 below CS 0.7" for a larger Σκ² of the former. Paired t-tests of
+    log ratios over the draws, Holm's correction over all pairs of all networks and quantities.
+    """
+    frame = _laws_of(tables, clean=False)
+    found = []
+    for (network, quantity), group in frame.groupby(["network", "quantity"]):
+        squares = group.groupby("skip_scaling")["sum_squares"].first().sort_values()
+        wide = group.pivot_table(index="seed", columns="skip_scaling", values="value")
+        wide = np.log(wide.where(wide > 0))
+        for small, large in combinations(squares.index, 2):
+            if squares[small] < squares[large]:
+                result = paired((wide[large] - wide[small]).dropna())
+                words = f"{style.scaling_label(large)} below {style.scaling_label(small)}"
+                found.append(((network, quantity), words, result.mean < 0, result.p))
+    answer: dict[tuple[str, str], list[str]] = {}
+    for (key, words, below, _), p in zip(found, holm([row[-1] for row in found]), strict=True):
+        if below and p < 0.05:
+            answer.setdefault(key, []).append(words)
+    return answer
 
 
 def rank_table(tables: Tables) -> Any:
