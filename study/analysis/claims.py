@@ -25,6 +25,9 @@ from study.analysis.tables import Tables
 
 _SEEDS = ["data_seed", "init_seed", "noise_seed"]
 HALF = "inv_sqrt2"
+CONVERGED = 10_000_000
+"""Networks that have seen fewer images are far from converged: the published trainings of these
+systems saw 64 million (U-ViT on CIFAR-10) to 200 million (EDM, STF)."""
 
 
 def show(figure: Figure) -> Any:

@@ -5,6 +5,7 @@ behind them; a study without the probe gets the verdict "not testable at this bu
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -19,16 +20,21 @@ from study.analysis.claims import (
     CONTRADICTED,
     REPRODUCED,
     UNTESTABLE,
+    averaged,
     enumerate_words,
     grid,
+    metric_values,
     not_testable,
     p_text,
+    pairs,
     say,
     show,
+    without_option,
 )
 from study.analysis.figures_targets import distributions, noticed
-from study.analysis.statistics import Verdict, holm, paired
-from study.analysis.tables import Tables
+from study.analysis.stability import ALL
+from study.analysis.statistics import Verdict, holm, paired, verdict
+from study.analysis.tables import Tables, better
 
 LINEAR_STEPS, LINEAR_BETAS = 1000, (1e-4, 0.02)
 """The linear schedule on which Patch Diffusion counts timesteps."""
@@ -207,21 +213,21 @@ def ranks(tables: Tables) -> list[tuple[dict[str, str], Verdict]]:
     for network in style.order_lines(tests["network"]):
         for _, row in tests[tests["network"] == network].iterrows():
             law, known = LAWS[row["quantity"]], not math.isnan(row["p"])
-            pairs = wrong.get((network, row["quantity"]), [])
+            out = wrong.get((network, row["quantity"]), [])
             about = {
                 "backbone": style.line_label(network),
                 "law": law,
                 "rank correlation with Σκ²": f"{row['rho']:+.2f}" if known else "",
                 "draws": str(row["draws"]),
                 "p (Holm)": p_text(row["p_holm"]),
-                "remark": f"the reverse of Σκ²: {enumerate_words(pairs)}" if pairs else "",
+                "remark": f"the reverse of Σκ²: {enumerate_words(out)}" if out else "",
             }
             about["remark"] = about["remark"] if known else "no test"
             shown, high = row["p_holm"] < 0.05, row["rho"] >= ORDERED - 1e-9
             word = UNTESTABLE
             if shown and high:
                 word = REPRODUCED
-            elif pairs or (shown and row["rho"] < 0):
+            elif out or (shown and row["rho"] < 0):
                 word = CONTRADICTED
             elif shown:
                 about["remark"] = "in part: some scalings are out of order"
@@ -253,6 +259,28 @@ def reversals(tables: Tables) -> dict[tuple[str, str], list[str]]:
     return answer
 
 
+def rank_summary(tables: Tables) -> list[str]:
+    """:func:`ranks` in a sentence; nothing where there are no backbones."""
+    found = ranks(tables)
+    if not found:
+        return []
+    words = [one.word for _, one in found]
+    wrong = Counter(pair for out in reversals(tables).values() for pair in out)
+    text = (
+        f"On the study's own backbones at initialisation the order of Σκ² is reproduced in "
+        f"{words.count(REPRODUCED)} of {len(words)} combinations of backbone and measure, not "
+        f"reproduced in {words.count(CONTRADICTED)} and not testable in {words.count(UNTESTABLE)}."
+    )
+    if wrong:
+        ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
+        counts = [f"{pair} in {n}" for pair, n in ordered]
+        text += (
+            f" Against it stand {enumerate_words(counts)}: the outermost long skip, which constant "
+            "scaling leaves as it is, weighs more there than its share of the sum."
+        )
+    return [text]
+
+
 def rank_table(tables: Tables) -> Any:
     """:func:`ranks` as a table."""
     rows = [{**about, "verdict": found.word} for about, found in ranks(tables)]
@@ -262,6 +290,38 @@ def rank_table(tables: Tables) -> Any:
 
 
 # --- Stable Target Field -------------------------------------------------------------------------
+
+
+def stable_targets(
+    tables: Tables, values: Mapping[str, float], column: str, claim: str, positive: bool
+) -> Iterator[tuple[dict[str, str], Verdict]]:
+    """STF against DSM on the unscaled arms: the mean over the backbones, then each of them.
+
+    ``values`` by run; ``column`` of :func:`study.analysis.claims.pairs` is judged. The mean is one
+    test, the backbones share Holm's correction.
+    """
+    both = pairs(tables.only(skip_scaling="none"), values, "target", "stf", "dsm")
+    lines = style.order_lines(both["line"])
+    if len(lines) > 1:
+        words = f"{claim}, on average over {len(lines)} backbones (pairs: seeds)"
+        mean = verdict(averaged(both, column), words, positive=positive)
+        yield {"backbone": style.line_label(ALL), "p (Holm)": p_text(mean.evidence.p)}, mean
+    yield from jointly(
+        (
+            {"backbone": style.line_label(line)},
+            verdict(both.loc[both["line"] == line, column], claim, positive=positive),
+        )
+        for line in lines
+    )
+
+
+def stable_quality(tables: Tables) -> list[tuple[dict[str, str], Verdict]]:
+    """:func:`stable_targets` on the leading metric."""
+    metric = figures.leading_metric(tables)
+    if metric is None:
+        return []
+    claim, up = f"STF gives a better {metric}", better(metric) == "higher"
+    return list(stable_targets(tables, metric_values(tables), "difference", claim, up))
 
 
 def variance_ratios(tables: Tables) -> pd.DataFrame:
@@ -415,6 +475,20 @@ def blur(tables: Tables) -> list[Verdict]:
 # --- U-ViT and U-DiT -----------------------------------------------------------------------------
 
 
+def long_skips(tables: Tables) -> list[Verdict]:
+    """Whether a backbone is better with long skips than its twin with ``skip: false``."""
+    metric = figures.leading_metric(tables)
+    answers = []
+    for line in style.order_lines(tables.runs["line"]):
+        twin = without_option(line, "skip=False")
+        if metric is None or twin == line:
+            continue
+        both = pairs(tables, metric_values(tables), "line", twin, line)
+        claim = f"{style.line_label(twin)} has a better {metric} with long skips than without"
+        answers.append(verdict(both["difference"], claim, positive=better(metric) == "higher"))
+    return answers
+
+
 def antidiagonal(tables: Tables) -> pd.DataFrame:
     """How much blocks resemble their mirror image, beyond what their distance explains.
 
@@ -442,6 +516,21 @@ def antidiagonal(tables: Tables) -> pd.DataFrame:
         if contrasts:
             rows.append({**dict(zip(words, key, strict=True)), "contrast": np.mean(contrasts)})
     return pd.DataFrame(rows, columns=[*words, "contrast"])
+
+
+def mirror_summary(tables: Tables) -> list[str]:
+    """:func:`antidiagonal` of the DSM arms in a sentence for every backbone."""
+    found = antidiagonal(tables)
+    found = found[found["target"] == "dsm"] if len(found) else found
+    answer = []
+    for line in style.order_lines(found["line"]) if len(found) else []:
+        means = found[found["line"] == line].groupby("skip_scaling")["contrast"].mean()
+        words = (
+            f"{style.scaling_label(scaling)} {means[scaling]:+.3f}"
+            for scaling in style.order_scalings(means.index)
+        )
+        answer.append(f"{style.line_label(line)}: {', '.join(words)}.")
+    return answer
 
 
 def mirror_table(tables: Tables) -> Any:

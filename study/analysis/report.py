@@ -10,8 +10,8 @@ import jinja2
 import pandas as pd
 
 from study import published
-from study.analysis import style
-from study.analysis.claims import label_bias, p_text, stability_answer
+from study.analysis import evidence, style
+from study.analysis.claims import CONVERGED, label_bias, p_text, stability_answer
 from study.analysis.figures import FIGURES, measured, short
 from study.analysis.stability import MEASURES, Measure
 from study.analysis.tables import Tables, better
@@ -107,6 +107,7 @@ class _Page:
         self.metric = self.metrics[0] if self.metrics else None
         self.config = manifest.get("config") or {}
         self.answer = stability_answer(tables)
+        self.skipless = set(self.runs.loc[self.runs["skips"] == 0, "arm"])
 
     def context(self) -> dict[str, Any]:
         study = self.manifest["study"]
@@ -138,6 +139,7 @@ class _Page:
             "stability": self.answer,
             "stability_tables": self.stability_tables(),
             "label_bias": label_bias(self.tables),
+            "verdicts": self.verdicts(),
             "cost": self.cost(),
             "diverged": self.diverged(),
             "published": self.published(),
@@ -237,6 +239,8 @@ class _Page:
                 "difference": "",
                 "test": "this is the unscaled DSM arm",
             }
+            if row["arm"] in self.skipless:
+                item["test"] = "no long skips, nothing to scale"
             if row["arm"] in tests.index:
                 test = tests.loc[row["arm"]]
                 if pd.notna(test["mean_difference"]):
@@ -260,6 +264,29 @@ class _Page:
             return test["note"] or "no test"
         words = f"{test['verdict']}, Holm p {p_text(test['p_holm'])} ({test['n_pairs']} pairs)"
         return f"{words}; {test['note']}" if test["note"] else words
+
+    def verdicts(self) -> dict[str, list[dict[str, str]]]:
+        """By section: what its figures say about the papers' claims, as the notebooks say it."""
+        tables = self.tables
+        found = {
+            "comparisons": evidence.long_skips(tables),
+            "theory": [*evidence.laws(tables), *evidence.rank_summary(tables)],
+            "targets": [
+                *(one for about, one in evidence.stable_quality(tables)[:1]),
+                *evidence.target_variance(tables),
+                *evidence.blur(tables),
+            ],
+            "representation": evidence.mirror_summary(tables),
+        }
+        return {
+            section: [
+                {"word": "", "text": one}
+                if isinstance(one, str)
+                else {"word": one.word, "text": one.reason}
+                for one in answers
+            ]
+            for section, answers in found.items()
+        }
 
     def caveats(self) -> list[str]:
         """What these numbers cannot say."""
@@ -296,6 +323,13 @@ class _Page:
             answer.append(
                 "The best arm of a backbone is picked after looking at all of them; its mean is "
                 "biased towards looking good."
+            )
+        seen = self.runs["images_seen"].max()
+        if pd.notna(seen) and seen < CONVERGED:
+            answer.append(
+                f"No network here has seen more than {count(int(seen), 'image')}, those of the "
+                "papers tens to hundreds of millions. What is said of their claims is about this "
+                "setting, and the better of two backbones may be the one that learns faster."
             )
         if self.metric and not self.metric.startswith("fid"):
             label = style.metric_label(self.metric)
