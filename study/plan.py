@@ -8,7 +8,7 @@ parameters and operations, on the meta device, once per network; the counts are 
 import heapq
 import os
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +25,10 @@ from study.arms import (
     unsupported,
 )
 from study.arms import runs as resolve
-from study.config import Study, load
+from study.config import Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
+from study.probes.options import OPTIONS
 from study.progress import SECONDS, duration
 from study.status import State, state_of
 
@@ -92,6 +93,7 @@ class Row:
     source: str = ""
     disk: float | None = None
     why: str = ""
+    step_seconds: float | None = None
 
     @property
     def left(self) -> float | None:
@@ -344,7 +346,7 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     networks = Networks(results, len(found) <= COUNT_UP_TO if counting is None else counting)
     measured = Measured(sorted(results.glob("*/runs/*")), gpu)
     images = images_to_make(study, results)
-    probes = {probe.kind: _probe_seconds(probe.kind, results) for probe in study.probes}
+    probes = {probe.kind: _probe_seconds(probe, results) for probe in study.probes}
     looked_at = {probe.kind: set(probed(found, probe)) for probe in study.probes}
     rows = []
     for run in found.values():
@@ -352,24 +354,38 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
         row = _row(study, run, state, networks, measured, images)
         again = state.state == "stale" and state.stage == "train"
         todo = [
-            seconds
+            seconds(row)
             for kind, seconds in probes.items()
             if run.name in looked_at[kind]
             and (again or not (folder / run.name / "probes" / f"{kind}.json").exists())
         ]
         if todo:
-            row.seconds["probe"] = sum(todo)
+            row.seconds["probe"] = _sum(todo)
         rows.append(row)
     networks.save()
     return rows
 
 
-def _probe_seconds(kind: str, results: Path) -> float:
-    """Seconds of a job of a probe, from those that were made here or a first guess."""
-    made = sorted(results.glob(f"*/runs/*/probes/{kind}.json"))[:20]
-    times = [read_json(path).get("seconds") for path in made]
-    known = [took for took in times if took is not None]
-    return STARTING + (statistics.median(known) if known else PROBE)
+def _probe_seconds(probe: Probe, results: Path) -> Callable[[Row], float | None]:
+    """Seconds of a run's job of a probe: from those made here with its options, or a first guess.
+
+    Short trainings cost what their steps cost, up to the largest rate: an upper end.
+    """
+    options = probe.resolved()
+    if probe.kind == "stability_frontier":
+        steps = len(options["lr"]) * options["steps"]
+        return lambda row: row.step_seconds and STARTING + steps * row.step_seconds
+    without = {"kind", "seeds", *OPTIONS[probe.kind].speed}
+    own = [(name, value) for name, value in options.items() if name not in without]
+    paths = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))[:200]
+    known = [
+        found["seconds"]
+        for found in map(read_json, paths)
+        if found.get("seconds") is not None
+        and all(found.get("options", {}).get(name) == value for name, value in own)
+    ]
+    seconds = STARTING + (statistics.median(known) if known else PROBE)
+    return lambda row: seconds
 
 
 def _row(
@@ -394,6 +410,7 @@ def _row(
         elif per_image[stage] is None:
             source = "unknown"
     row.source = source
+    row.step_seconds = _product(per_image["train"], row.run.spec["training"]["batch"])
     wanted = {
         "train": _product(per_image["train"], row.images_seen),
         "generate": _product(per_image["generate"], images, _evaluations(study, run.spec)),
@@ -523,11 +540,15 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     steps = sum(row.steps for row in todo)
     known = [row.left for row in todo if row.left is not None]
     number, kind = slots(study)
+    probes = sum(row.seconds.get("probe") or 0.0 for row in todo)
+    others = [probe.kind for probe in study.probes if probe.subject not in ("run", "arm")]
     if todo and len(known) == len(todo):
         lines.append(
-            f"{steps:,} steps; {duration(sum(known))} of one {kind} slot, about "
-            f"{duration(packed(known, number))} on the {number} of this machine, and a minute or "
-            "two for data, tables and figures"
+            f"{steps:,} steps; {duration(sum(known))} of one {kind} slot"
+            + (f" ({duration(probes)} of it probes of runs)" if probes else "")
+            + f", about {duration(packed(known, number))} on the {number} of this machine, and a "
+            "minute or two for data, tables and figures"
+            + (f"; not counted: {', '.join(others)}" if others else "")
         )
         sources = ", ".join(dict.fromkeys(row.source for row in todo))
         disk = _amount(_sum(row.disk for row in rows), BYTES)

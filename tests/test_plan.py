@@ -189,10 +189,29 @@ def test_probes_cost_time_until_they_are_made(study, tmp_path):
     before = plan.plan(probing, tmp_path, counting=False)[0]
     assert before.seconds["probe"] == plan.STARTING + plan.PROBE
     folder = tmp_path / study.study / "runs"
-    write_json(folder / before.run.name / "probes/robustness.json", {"seconds": 2.0})
+    options = probing.probes[0].resolved() | {"batch": 3}  # speed alone
+    path = folder / before.run.name / "probes/robustness.json"
+    write_json(path, {"seconds": 2.0, "options": options})
     first, other = plan.plan(probing, tmp_path, counting=False)
     assert "probe" not in first.seconds
     assert other.seconds["probe"] == plan.STARTING + 2.0
+    # A probe with other options is no measurement of this one.
+    write_json(path, {"seconds": 2.0, "options": options | {"samples": 3}})
+    _, other = plan.plan(probing, tmp_path, counting=False)
+    assert other.seconds["probe"] == plan.STARTING + plan.PROBE
+
+
+def test_short_trainings_cost_their_steps(study, tmp_path):
+    frontier = config.Probe(kind="stability_frontier", lr=[0.1, 1.0], steps=50)
+    law = config.Probe(kind="scaling_laws")
+    probing = study.model_copy(update={"probes": (frontier, law)})
+    rows = plan.plan(probing, tmp_path, counting=True)
+    for row in rows:
+        seconds = (row.seconds["train"] - plan.STARTING) * 100 / row.steps
+        assert row.seconds["probe"] == pytest.approx(plan.STARTING + seconds)
+    text = " ".join(plan.summary(probing, rows))
+    assert "of it probes of runs" in text
+    assert text.count("not counted: scaling_laws") == 1
 
 
 def test_shipped_counts_are_of_todays_networks(monkeypatch, tmp_path):
