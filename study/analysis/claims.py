@@ -304,7 +304,11 @@ def stability_answer(tables: Tables) -> StabilityAnswer:
             (
                 style.line_label(line),
                 [
-                    _matrix_cell(next((c for c in part if c.measure is measure), None), several)
+                    _matrix_cell(
+                        next((cell for cell in part if cell.measure is measure), None),
+                        several,
+                        absent="no test" if line == ALL else "not measured",
+                    )
                     for measure in shown
                 ],
             )
@@ -314,10 +318,10 @@ def stability_answer(tables: Tables) -> StabilityAnswer:
     )
 
 
-def _matrix_cell(cell: _Cell | None, several: bool) -> dict[str, str]:
+def _matrix_cell(cell: _Cell | None, several: bool, absent: str = "") -> dict[str, str]:
     """The most stable scaling of a measure on a backbone, in few words."""
     if cell is None:
-        return {"text": "", "small": "not measured", "word": "", "worse": ""}
+        return {"text": "", "small": absent, "word": "", "worse": ""}
     best, first = cell.best, cell.rows.iloc[0]
     row = first if best is None else best
     worse = ", ".join(
