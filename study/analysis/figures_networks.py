@@ -334,9 +334,9 @@ def compute_cost(tables: Tables) -> Figure:
             f"{batches.get('train_step', '?')} images, evaluations of "
             f"{batches.get('evaluation_throughput', '?')} at a time). Multiply-adds of a forward "
             "pass in matrix products, convolutions and attention; memory that a training step "
-            "keeps for its backward pass; median times on "
-            f"{', '.join(sorted(set(rows['device'])))}. Times of jobs that shared the machine "
-            "scatter; counts do not.",
+            "keeps for its backward pass; shortest times on "
+            f"{', '.join(sorted(set(rows['device'])))}. Times scatter with what else the "
+            "machine does; counts do not.",
         ),
     )
     colours = style.scaling_colours(tables.runs["skip_scaling"])

@@ -29,15 +29,15 @@ evaluation_energy     J/evaluation   of one of them
   imported network, which has none, that of the evaluations) and optimiser, at a learning rate of
   zero so that the weights stay. Loading images, augmentation, averaging of the weights and loss
   scaling are not in it. Of split networks one part is measured: every image passes one.
-- Times are medians, after steps that warm up. Of samples per second: divide evaluations per second
-  by the sampler's NFE.
+- Times are the shortest of several, after steps that warm up: whatever else a machine does makes a
+  step longer and never shorter, and a mean or median would measure that too. Of samples per second:
+  divide evaluations per second by the sampler's NFE.
 - Energy is what the device says that it used while the step was repeated for a second, the idle
   part included: NVIDIA's counter of the GPU (needs pynvml), or that of all CPU packages (RAPL,
   where the system lets users read it), which also counts what else runs there.
 """
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -131,7 +131,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """Median seconds of ``work``, after two runs that warm up."""
+    """The fewest seconds that ``work`` took, after two runs that warm up."""
     for _ in range(2):
         work()
     times = []
@@ -141,7 +141,7 @@ def _seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> flo
         work()
         _wait(device)
         times.append(time.perf_counter() - begun)
-    return statistics.median(times)
+    return min(times)
 
 
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
