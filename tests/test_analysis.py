@@ -491,6 +491,21 @@ def test_the_data_sets_note_stands_wherever_its_metrics_do(tmp_path):
     assert note in texts(figures.quality_heatmap(found)).replace("\n", " ")
 
 
+def test_an_arm_is_shown_with_the_name_that_it_was_given(tmp_path):
+    manifest = synthetic.build(
+        tmp_path, backbones=("uvit",), targets=("dsm",), seeds=(0,), diverged=(), missing=()
+    )
+    content = json.loads(manifest.read_text())
+    named = next(run for run in content["runs"] if run["axes"]["skip_scaling"] != "none")
+    named["display"] = "my <own> arm"
+    content["config"]["arms"] = [{"name": "my <own> arm"}, {"name": None}]
+    aggregate(content, manifest.parent, manifest.parent / "tables")
+    page = report(content, manifest.parent, tmp_path / "report").read_text()
+    told = "<td>U-ViT<br><small>my &lt;own&gt; arm</small></td>"
+    assert page.count(told) >= 3  # quality, comparisons, cost
+    assert page.count("<td>U-ViT</td>") > page.count(told)
+
+
 def test_the_report_asks_for_its_tables(tmp_path):
     manifest = small(tmp_path, seeds=(0,))
     with pytest.raises(UserError, match=r"runs.csv: no such table; `study aggregate` writes it"):

@@ -107,6 +107,9 @@ class _Page:
         self.metric = self.metrics[0] if self.metrics else None
         self.config = manifest.get("config") or {}
         self.answer = stability_answer(tables)
+        given = {arm.get("name") for arm in self.config.get("arms") or ()}
+        own = self.runs.drop_duplicates("arm").set_index("arm")["display"]
+        self.named = own[own.isin(given - {None})].to_dict()
         self.skipless = set(self.runs.loc[self.runs["skips"] == 0, "arm"])
 
     def context(self) -> dict[str, Any]:
@@ -231,6 +234,7 @@ class _Page:
             row = here.loc[here["mean"].idxmin() if lower else here["mean"].idxmax()]
             item = {
                 "backbone": style.line_label(line),
+                "name": self.named.get(row["arm"], ""),
                 "scaling": style.scaling_label(row["skip_scaling"]),
                 "target": style.target_label(row["target"]),
                 "mean": short(row["mean"]),
@@ -441,6 +445,7 @@ class _Page:
             {
                 "arm": row.arm,
                 "backbone": style.line_label(row.line),
+                "name": self.named.get(row.arm, ""),
                 "scaling": style.scaling_label(row.skip_scaling),
                 "target": style.target_label(row.target),
                 "formulation": row.formulation,
