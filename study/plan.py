@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -377,13 +378,14 @@ def _probe_seconds(probe: Probe, results: Path) -> Callable[[Row], float | None]
         return lambda row: row.step_seconds and STARTING + steps * row.step_seconds
     without = {"kind", "seeds", *OPTIONS[probe.kind].speed}
     own = [(name, value) for name, value in options.items() if name not in without]
-    paths = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))[:200]
-    known = [
+    paths = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))
+    alike = (
         found["seconds"]
         for found in map(read_json, paths)
         if found.get("seconds") is not None
         and all(found.get("options", {}).get(name) == value for name, value in own)
-    ]
+    )
+    known = list(islice(alike, 50))
     seconds = STARTING + (statistics.median(known) if known else PROBE)
     return lambda row: seconds
 

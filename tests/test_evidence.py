@@ -345,3 +345,53 @@ def test_the_reference_batch_is_that_of_the_published_runs():
     cells = json.loads((Path(__file__).parents[1] / "notebooks/stf.ipynb").read_text())["cells"]
     text = " ".join("".join(cell["source"]) for cell in cells)
     assert "published CIFAR-10 runs used a reference batch of 1024 per process" in text
+
+
+# --- U-ViT and Stable Target Field ----------------------------------------------------------------
+
+
+def test_stable_targets_are_judged_for_each_size_of_the_reference(tmp_path):
+    manifest = synthetic.build(
+        tmp_path,
+        backbones=("uvit", "udit"),
+        scalings=("none",),
+        seeds=(0, 1, 2),
+        diverged=(),
+        missing=(),
+        logged=10,
+    )
+    aggregate(manifest, manifest.parent, tmp_path / "tables")
+    found = Tables.read(tmp_path / "tables")
+    whole = evidence.stable_quality(found)
+    assert [about["backbone"] for about, _ in whole] == ["all backbones", "U-ViT", "U-DiT"]
+    assert whole[0][1].evidence.n == 3
+    stf = found.runs["target_kind"] == "stf"
+    runs = found.runs.assign(
+        variant=found.runs["variant"].mask(stf, "target.reference=64"),
+        line=found.runs["line"].mask(stf, found.runs["line"] + " / target.reference=64"),
+    )
+    again = evidence.stable_quality(replace(found, runs=runs))
+    assert [one.evidence.mean for _, one in again] == [one.evidence.mean for _, one in whole]
+    assert "(64 references)" in again[0][1].reason
+    ((_, nothing),) = evidence.stable_quality(found.only(target_kind="dsm"))
+    assert nothing.word == UNTESTABLE
+
+
+def test_long_skips_are_judged_on_unscaled_dsm_arms_with_their_twin(tmp_path):
+    manifest = synthetic.build(
+        tmp_path,
+        backbones=("uvit", "udit"),
+        scalings=("none",),
+        seeds=(0, 1, 2),
+        diverged=(),
+        missing=(),
+        logged=10,
+    )
+    aggregate(manifest, manifest.parent, tmp_path / "tables")
+    found = Tables.read(tmp_path / "tables")
+    swap = {"udit": "uvit(skip=False)"}
+    runs = found.runs.assign(line=found.runs["line"].replace(swap))
+    (one,) = evidence.long_skips(replace(found, runs=runs))
+    assert one.evidence.n == 3  # seeds; the STF arms of the same seeds are no further evidence
+    alone = replace(found, runs=runs[runs["line"] != "uvit"])
+    assert evidence.long_skips(alone) == []

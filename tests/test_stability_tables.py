@@ -410,7 +410,7 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
     assert (row["n"], row["n_pairs"]) == (2, 2)
     assert "larger in 0, smaller in 1, equal in 1" in notes[RATE]
     assert "trained at no rate tried: 1 of 2 runs of this arm and 0 of 2" in notes[RATE]
-    assert notes[RATE].endswith("the factor is an upper bound")
+    assert notes[RATE].endswith("the factor is no bound")  # others trained at all rates
 
 
 @pytest.mark.parametrize(
@@ -424,6 +424,16 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
 def test_rates_beyond_those_tried_are_noted_on_both_sides(sides, words):
     notes = {(side, 0): stability._EVERY_RATE for side in sides}
     assert words in compared({"none": [1.0, 1.0], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
+
+
+def test_ends_of_the_rates_on_both_sides_leave_no_bound():
+    notes = {("cs", 0): stability._EVERY_RATE, ("cs", 1): f"{stability._NO_RATE}, from 1 on"}
+    told = compared({"none": [1.0, 1.0], "cs": [3.0, 0.5]}, RATE, notes=notes)["note"]
+    assert told.count("the factor is") == 1
+    assert told.endswith("the factor is no bound")
+    notes = {("none", 1): f"{stability._NO_RATE}, from 1 on", ("cs", 0): stability._EVERY_RATE}
+    told = compared({"none": [1.0, 0.5], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
+    assert told.endswith("the factor is a lower bound")
 
 
 def test_oscillations_logged_at_unlike_steps_are_not_compared():
@@ -447,6 +457,8 @@ def pair_table(factors: dict[str, list[float | None]]) -> pd.DataFrame:
             "against": "none",
             "skip_scaling": "cs",
             "target": "dsm",
+            "formulation": "edm",
+            "variant": "",
             "baseline": name,
             "seeds": str(seed),
             "factor": factor,
@@ -484,6 +496,26 @@ def test_pairs_of_runs_are_averaged_like_measures():
     both = both.assign(init_seed=both["data_seed"], noise_seed=both["data_seed"])
     assert claims.averaged(both, "difference").tolist() == [3.0]
     assert claims.averaged(both[both["line"] == "a"], "difference").empty
+
+
+def test_arms_that_differ_in_more_than_their_scaling_have_means_of_their_own():
+    sizes = [
+        pair_table({"a": [a, 0.4], "b": [0.8, 0.7]}).assign(target="stf", variant=variant)
+        for a, variant in ((0.5, "target.reference=64"), (0.3, "target.reference=512"))
+    ]
+    found = stability.overall(pd.concat(sizes))
+    assert found["setting"].tolist() == ["target.reference=64", "target.reference=512"]
+    assert found["n_pairs"].tolist() == [2, 2]
+    words = [claims._arm_words(row, True) for _, row in found.iterrows()]
+    assert words[0] == "cs, STF (target.reference=64)"
+
+
+def test_a_backbone_that_lost_every_pair_leaves_no_mean():
+    rows = [("a", 0, 1.0), ("b", 0, 5.0)]
+    both = pd.DataFrame(rows, columns=["line", "data_seed", "difference"])
+    both = both.assign(init_seed=0, noise_seed=0)
+    assert claims.averaged(both, "difference", ["a", "b"]).tolist() == [3.0]
+    assert claims.averaged(both, "difference", ["a", "b", "lost"]).empty
 
 
 def test_one_backbone_has_no_mean_over_backbones():
@@ -600,6 +632,7 @@ def test_without_a_mean_a_claim_needs_half_of_the_backbones(arms, word):
         ([NO, SAME], [SAME, SAME], "not reproduced"),
         ([YES, NO], [SAME, SAME], "not testable at this budget"),
         ([SAME], [NO, SAME], "not reproduced"),
+        ([YES], [NO, SAME], "not testable at this budget"),
         ([NONE], [YES, SAME], "reproduced"),
     ],
 )

@@ -161,13 +161,15 @@ def pairs(
     return both.assign(difference=a - b, log_ratio=ratio)
 
 
-def averaged(both: pd.DataFrame, column: str) -> pd.Series:
+def averaged(both: pd.DataFrame, column: str, lines: list[str] | None = None) -> pd.Series:
     """Mean of a column of :func:`pairs` over the backbones, in every seed that all of them have.
 
     Runs that share a seed are not independent, so that a seed is one number. Empty where only one
-    backbone has pairs.
+    backbone has pairs. ``lines``: the backbones that are meant; one that lost all of its pairs
+    leaves no mean, for without it the mean would look better.
     """
     table = both.pivot_table(index=_SEEDS, columns="line", values=column)
+    table = table if lines is None else table.reindex(columns=lines)
     return table.dropna().mean(axis=1) if table.shape[1] > 1 else pd.Series(dtype=float)
 
 
@@ -346,7 +348,9 @@ def _matrix_cell(cell: _Cell | None, several: bool, absent: str = "") -> dict[st
 
 def _arm_words(row: pd.Series, several_targets: bool) -> str:
     words = style.scaling_label(row["skip_scaling"])
-    return f"{words}, {style.target_label(row['target'])}" if several_targets else words
+    words += f", {style.target_label(row['target'])}" if several_targets else ""
+    # Elsewhere the backbone's label tells them apart.
+    return f"{words} ({row['setting']})" if row["line"] == ALL and row["setting"] else words
 
 
 def _factor_words(row: pd.Series) -> str:
@@ -463,7 +467,7 @@ def _stability_summary(
                 f"{enumerate_words(f'{label} in {n}' for label, n in counts)}."
             )
         else:
-            answer.append("Nowhere is a scaling shown to be less stable than no scaling.")
+            answer.append("On no backbone alone is a scaling shown to be less stable than none.")
         counted = _ends(n for cell in tested for n in cell.rows["n_pairs"])
         rates = [cell.tested for cell in cells if cell.measure.test == "sign"]
         answer.append(
@@ -516,10 +520,13 @@ def _overall_sentence(rows: pd.DataFrame, family: str) -> list[str]:
             words.append(f"{MEASURES[name].label} ({'; '.join(arms)})")
         parts.append(f"{verdict} in {enumerate_words(words) if words else 'nothing'}")
     silent = int((tested["verdict"] == "no difference shown").sum())
+    lost = rows[rows["p_holm"].isna()]
+    names = dict.fromkeys(_arm_words(row, several) for _, row in lost.iterrows())
+    without = f" Without a test on average: {', '.join(names)} (pairs were lost)." if names else ""
     return [
         f"On average over {_ends(tested['n_backbones'])} backbones (geometric mean in each of "
         f"{_ends(tested['n_pairs'])} seeds, Holm's correction over {family}, 5 %): "
-        f"{'; '.join(parts)}; no difference shown in {silent} of {len(tested)} tests."
+        f"{'; '.join(parts)}; no difference shown in {silent} of {len(tested)} tests.{without}"
     ]
 
 
@@ -704,7 +711,7 @@ def _judge(tests: pd.DataFrame, average: pd.DataFrame, every: bool = False) -> t
         agrees, denied = bool(shown) and 2 * len(shown) >= tested, False
     if agrees and not denied and not opposite:
         word = REPRODUCED
-    elif (denied and not agrees) or len(opposite) > len(shown):
+    elif not (known and agrees) and (denied or len(opposite) > len(shown)):
         word = CONTRADICTED
     else:
         word = UNTESTABLE
@@ -716,7 +723,12 @@ def _judge(tests: pd.DataFrame, average: pd.DataFrame, every: bool = False) -> t
     count = f"shown on {len(shown)} of {tested} {backbones}, the opposite on {len(opposite)}"
     first = ""
     if known:
-        side = "shown" if agrees else "the opposite shown" if denied else "not shown"
+        side = {
+            (True, False): "shown",
+            (True, True): "shown for one scaling and the opposite for another",
+            (False, True): "the opposite shown",
+            (False, False): "not shown",
+        }[agrees, denied]
         count = f"{side} on average; alone {count}"
         first = f"On average over {_ends(average['n_backbones'])} backbones: " + ", ".join(
             f"{style.scaling_label(row['skip_scaling'])} {_factor_words(row)} "
@@ -780,7 +792,7 @@ def _order_finding(tables: Tables) -> Finding:
     if (runs["target"] == "dsm").any():
         runs = runs[runs["target"] == "dsm"]
     tests = []
-    ratios: dict[str, list[pd.DataFrame]] = {}
+    ratios: dict[str, dict[str, pd.DataFrame]] = {}
     for line, part in runs.groupby("line"):
         scalings = style.order_scalings(part["skip_scaling"])
         if HALF not in scalings:
@@ -788,7 +800,7 @@ def _order_finding(tables: Tables) -> Finding:
         for scaling in scalings:
             if style.method(scaling) in ("cs", "ls", "ls_unshared"):
                 both = pairs(replace(tables, runs=part), values, "skip_scaling", scaling, HALF)
-                ratios.setdefault(scaling, []).append(both)
+                ratios.setdefault(scaling, {})[line] = both
                 tests.append({"line": line, **_side(both["log_ratio"].dropna())})
     source = "ScaleLong, figure 1"
     if not tests:
@@ -797,7 +809,7 @@ def _order_finding(tables: Tables) -> Finding:
         {
             "skip_scaling": scaling,
             "n_backbones": len(parts),
-            **_side(averaged(pd.concat(parts), "log_ratio")),
+            **_side(averaged(pd.concat(parts.values()), "log_ratio", list(parts))),
         }
         for scaling, parts in ratios.items()
         if len(parts) > 1

@@ -5,6 +5,7 @@ behind them; a study without the probe gets the verdict "not testable at this bu
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -265,7 +266,13 @@ def rank_summary(tables: Tables) -> list[str]:
     if not found:
         return []
     words = [one.word for _, one in found]
-    wrong = Counter(pair for out in reversals(tables).values() for pair in out)
+    failed = [about["remark"] for about, one in found if one.word == CONTRADICTED]
+    wrong = Counter(
+        pair
+        for out in reversals(tables).values()
+        for pair in out
+        if any(pair in remark for remark in failed)
+    )
     text = (
         f"On the study's own backbones at initialisation the order of Σκ² is reproduced in "
         f"{words.count(REPRODUCED)} of {len(words)} combinations of backbone and measure, not "
@@ -274,10 +281,13 @@ def rank_summary(tables: Tables) -> list[str]:
     if wrong:
         ordered = sorted(wrong.items(), key=lambda item: (-item[1], item[0]))
         counts = [f"{pair} in {n}" for pair, n in ordered]
-        text += (
-            f" Against it stand {enumerate_words(counts)}: the outermost long skip, which constant "
-            "scaling leaves as it is, weighs more there than its share of the sum."
-        )
+        text += f" Against it stand {enumerate_words(counts)}"
+        if all(re.search(" below CS ", pair) for pair in wrong):
+            text += (
+                ": the outermost long skip, which constant scaling leaves as it is, weighs more "
+                "there than its share of the sum"
+            )
+        text += "."
     return [text]
 
 
@@ -300,8 +310,31 @@ def stable_targets(
     ``values`` by run; ``column`` of :func:`study.analysis.claims.pairs` is judged. The mean is one
     test, the backbones share Holm's correction.
     """
-    both = pairs(tables.only(skip_scaling="none"), values, "target", "stf", "dsm")
+    for size, part in _references(tables.only(skip_scaling="none")):
+        own = f"{claim} ({size} references)" if size else claim
+        yield from _against_dsm(part, values, column, own, positive)
+
+
+def _references(tables: Tables) -> Iterator[tuple[str, Tables]]:
+    """The tables for every size of the reference, with lines that do not name it.
+
+    A study with one size has no words for it, which is then empty.
+    """
+    runs = tables.runs
+    sizes = runs["variant"].str.extract(r"^target\.reference=(\d+)$")[0]
+    lines = runs["line"].str.replace(r" / target\.reference=\d+$", "", regex=True)
+    for size in sorted(sizes.dropna().unique(), key=int) or [""]:
+        kept = sizes.eq(size) | runs["target_kind"].ne("stf") if size else sizes.isna()
+        yield size, replace(tables, runs=runs.assign(line=lines)[kept])
+
+
+def _against_dsm(
+    tables: Tables, values: Mapping[str, float], column: str, claim: str, positive: bool
+) -> Iterator[tuple[dict[str, str], Verdict]]:
+    both = pairs(tables, values, "target", "stf", "dsm")
     lines = style.order_lines(both["line"])
+    if not lines:
+        yield {"backbone": ""}, not_testable(claim, "no finished STF run has its DSM twin here")
     if len(lines) > 1:
         words = f"{claim}, on average over {len(lines)} backbones (pairs: seeds)"
         mean = verdict(averaged(both, column), words, positive=positive)
@@ -476,17 +509,23 @@ def blur(tables: Tables) -> list[Verdict]:
 
 
 def long_skips(tables: Tables) -> list[Verdict]:
-    """Whether a backbone is better with long skips than its twin with ``skip: false``."""
+    """Whether a backbone is better with long skips than its twin with ``skip: false``.
+
+    On the unscaled DSM arms, with Holm's correction over the backbones that have such a twin.
+    """
     metric = figures.leading_metric(tables)
+    plain = tables.only(skip_scaling="none", target_kind="dsm")
+    lines = style.order_lines(plain.runs["line"])
     answers = []
-    for line in style.order_lines(tables.runs["line"]):
+    for line in lines:
         twin = without_option(line, "skip=False")
-        if metric is None or twin == line:
+        if metric is None or twin == line or twin not in lines:
             continue
-        both = pairs(tables, metric_values(tables), "line", twin, line)
+        both = pairs(plain, metric_values(plain), "line", twin, line)
         claim = f"{style.line_label(twin)} has a better {metric} with long skips than without"
-        answers.append(verdict(both["difference"], claim, positive=better(metric) == "higher"))
-    return answers
+        found = verdict(both["difference"], claim, positive=better(metric) == "higher")
+        answers.append(({"backbone": twin}, found))
+    return [found for _, found in jointly(answers)]
 
 
 def antidiagonal(tables: Tables) -> pd.DataFrame:

@@ -328,12 +328,12 @@ class _Page:
                 "The best arm of a backbone is picked after looking at all of them; its mean is "
                 "biased towards looking good."
             )
-        seen = self.runs["images_seen"].max()
+        seen = self.runs.loc[self.runs["images_seen"] > 0, "images_seen"].max()
         if pd.notna(seen) and seen < CONVERGED:
             answer.append(
-                f"No network here has seen more than {count(int(seen), 'image')}, those of the "
-                "papers tens to hundreds of millions. What is said of their claims is about this "
-                "setting, and the better of two backbones may be the one that learns faster."
+                f"No network trained here has seen more than {count(int(seen), 'image')}, those of "
+                "the papers tens to hundreds of millions. What is said of their claims is about "
+                "this setting, and the better of two backbones may be the one that learns faster."
             )
         if self.metric and not self.metric.startswith("fid"):
             label = style.metric_label(self.metric)
@@ -505,8 +505,10 @@ class _Page:
             )
         return answer
 
-    @staticmethod
-    def with_every_arm(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def unscaled(self, row: Mapping[str, Any]) -> str:
+        return "no long skips" if row["arm"] in self.skipless else "the unscaled arm"
+
+    def with_every_arm(self, cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Comparisons with the unscaled arms; those arms themselves are there with their mean."""
         scaled = {row["arm"] for row in cells if row["against"] == "none"}
         compared = ("pairs", "factor", "interval", "p", "holm", "holm_value", "detectable")
@@ -514,9 +516,9 @@ class _Page:
         answer = []
         for row in cells:
             if row["against"] == "dsm" and row["arm"] not in scaled:
-                answer.append({**row, **blank, "note": "the unscaled arm"})
+                answer.append({**row, **blank, "note": self.unscaled(row)})
             elif row["against"] != "dsm":
-                note = row["note"] or ("" if row["against"] else "the unscaled arm")
+                note = row["note"] or ("" if row["against"] else self.unscaled(row))
                 answer.append({**row, "note": note})
         return answer
 

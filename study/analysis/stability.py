@@ -338,7 +338,8 @@ def overall(pairs: pd.DataFrame) -> pd.DataFrame:
     """Every scaling and target over all backbones: is there an effect on average?
 
     ``pairs`` has the columns of ``stability_pairs.csv``; the answer those of ``stability.csv`` that
-    speak of comparisons, ``line`` being :data:`ALL`, and ``n_backbones``. An arm that a single
+    speak of comparisons, ``line`` being :data:`ALL`, ``n_backbones``, and in ``setting`` what else
+    tells arms apart (a formulation, a reference size). An arm that a single
     backbone has is left out. A seed gives one number, the geometric
     mean of its factors over the backbones that have the arm, and counts where none of them lost
     its pair: no backbone drops out of the mean in one seed and not in another, and runs that share
@@ -346,8 +347,9 @@ def overall(pairs: pd.DataFrame) -> pd.DataFrame:
     and ``against``. Backbones are those of the study, not a sample of all.
     """
     answer: list[dict[str, Any]] = []
-    words = ["measure", "against", "skip_scaling", "target"]
-    for key, group in pairs.groupby(words, sort=False):
+    words = ["measure", "against", "skip_scaling", "target", "formulation", "variant"]
+    several = pairs["formulation"].nunique() > 1
+    for key, group in pairs.groupby(words, sort=False, dropna=False):
         table = group.pivot(index="seeds", columns="baseline", values="factor").astype(float)
         if table.shape[1] < 2:
             continue
@@ -361,6 +363,7 @@ def overall(pairs: pd.DataFrame) -> pd.DataFrame:
                 **dict(zip(words, key, strict=True)),
                 **result,
                 "line": ALL,
+                "setting": ", ".join([key[4]] * several + [key[5]] * bool(key[5])),
                 "better": MEASURES[key[0]].better,
                 "n_backbones": table.shape[1],
                 "n_pairs": len(whole),
@@ -372,7 +375,8 @@ def overall(pairs: pd.DataFrame) -> pd.DataFrame:
 
 
 _OVERALL = [
-    *("measure", "against", "skip_scaling", "target", "line", "better", "n_backbones", "n_pairs"),
+    *("measure", "against", "skip_scaling", "target", "formulation", "variant", "setting"),
+    *("line", "better", "n_backbones", "n_pairs", "note"),
     *("factor", "factor_low", "factor_high", "p_value", "p_holm", "detectable_factor", "verdict"),
 ]
 
@@ -527,16 +531,19 @@ def _signs(logs: Sequence[float]) -> dict[str, Any]:
 
 def _censored(pairs: Sequence[tuple[Row, Row]]) -> list[str]:
     """What the ends of the rates tried hide, on either side of the pairs."""
-    notes = []
-    bounds = {_EVERY_RATE: ("a lower", "an upper"), _NO_RATE: ("an upper", "a lower")}
-    for words, known in bounds.items():
-        ours, theirs = (sum(pair[i]["note"].startswith(words) for pair in pairs) for i in (0, 1))
-        if ours + theirs:
-            bound = f"{known[not ours]} bound" if not ours or not theirs else "no bound"
+    notes, sides = [], set()
+    for words, higher in ((_EVERY_RATE, 0), (_NO_RATE, 1)):
+        counts = [sum(pair[i]["note"].startswith(words) for pair in pairs) for i in (0, 1)]
+        # The side whose true rate is further out than the one that was entered.
+        sides |= {("lower", "upper")[i ^ higher] for i in (0, 1) if counts[i]}
+        if any(counts):
             notes.append(
-                f"{words.partition(':')[0]}: {ours} of {len(pairs)} runs of this arm and {theirs} "
-                f"of {len(pairs)} of the other, so the factor is {bound}"
+                f"{words.partition(':')[0]}: {counts[0]} of {len(pairs)} runs of this arm and "
+                f"{counts[1]} of {len(pairs)} of the other"
             )
+    if notes:
+        bound = {"lower": "a lower bound", "upper": "an upper bound"}
+        notes[-1] += f", so the factor is {bound[sides.pop()] if len(sides) == 1 else 'no bound'}"
     return notes
 
 
