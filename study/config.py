@@ -286,6 +286,12 @@ class Probe(_Registered):
         """The options, not at their defaults, that its numbers depend on."""
         return self._chosen(exclude={"seeds", *PROBES[self.kind].speed})
 
+    def agrees(self, options: Mapping[str, Any]) -> bool:
+        """Whether a probe that was made with ``options`` gave the numbers of this one."""
+        apart = {"kind", "seeds", *PROBES[self.kind].speed}
+        now = self.resolved()
+        return all(options.get(key) == now[key] for key in now if key not in apart)
+
     def speed(self) -> dict[str, Any]:
         """The options, not at their defaults, that only its speed and memory depend on."""
         return self._chosen(include=set(PROBES[self.kind].speed))

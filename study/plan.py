@@ -29,7 +29,6 @@ from study.arms import runs as resolve
 from study.config import Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
-from study.probes.options import OPTIONS
 from study.progress import SECONDS, duration
 from study.status import State, state_of
 
@@ -372,18 +371,15 @@ def _probe_seconds(probe: Probe, results: Path) -> Callable[[Row], float | None]
 
     Short trainings cost what their steps cost, up to the largest rate: an upper end.
     """
-    options = probe.resolved()
     if probe.kind == "stability_frontier":
+        options = probe.resolved()
         steps = len(options["lr"]) * options["steps"]
         return lambda row: row.step_seconds and STARTING + steps * row.step_seconds
-    without = {"kind", "seeds", *OPTIONS[probe.kind].speed}
-    own = [(name, value) for name, value in options.items() if name not in without]
     paths = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))
     alike = (
         found["seconds"]
         for found in map(read_json, paths)
-        if found.get("seconds") is not None
-        and all(found.get("options", {}).get(name) == value for name, value in own)
+        if found.get("seconds") is not None and probe.agrees(found.get("options", {}))
     )
     known = list(islice(alike, 50))
     seconds = STARTING + (statistics.median(known) if known else PROBE)

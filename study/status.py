@@ -13,7 +13,6 @@ from study.arms import runs as resolve
 from study.config import Probe, Study, load
 from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, read_json
-from study.probes.options import OPTIONS
 from study.progress import duration, read_progress
 
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
@@ -106,10 +105,8 @@ def _unlike_probe(probe: Probe, run: Run, facts: Mapping[str, Any]) -> str:
     """Why a finished probe is not what would be made today; empty if it is."""
     if facts.get("code") not in (None, digest.probe(probe.kind, [run.spec])):
         return "its code has changed"
-    options, now = facts.get("options") or {}, probe.resolved()
-    apart = {"kind", "seeds", *OPTIONS[probe.kind].speed}
-    same = all(options.get(key) == now[key] for key in now if key not in apart)
-    return "" if same or not options else "made with other options"
+    options = facts.get("options")
+    return "" if not options or probe.agrees(options) else "made with other options"
 
 
 def state_of(run: Run, folder: Path, now: float | None = None, study: Study | None = None) -> State:

@@ -350,48 +350,38 @@ def test_the_reference_batch_is_that_of_the_published_runs():
 # --- U-ViT and Stable Target Field ----------------------------------------------------------------
 
 
-def test_stable_targets_are_judged_for_each_size_of_the_reference(tmp_path):
+@pytest.fixture(scope="module")
+def targets(tmp_path_factory) -> Tables:
+    """Both targets on two backbones, three seeds."""
+    root = tmp_path_factory.mktemp("targets")
+    whole = {"diverged": (), "missing": (), "logged": 10}
     manifest = synthetic.build(
-        tmp_path,
-        backbones=("uvit", "udit"),
-        scalings=("none",),
-        seeds=(0, 1, 2),
-        diverged=(),
-        missing=(),
-        logged=10,
+        root, backbones=("uvit", "udit"), scalings=("none",), seeds=(0, 1, 2), **whole
     )
-    aggregate(manifest, manifest.parent, tmp_path / "tables")
-    found = Tables.read(tmp_path / "tables")
-    whole = evidence.stable_quality(found)
+    aggregate(manifest, manifest.parent, root / "tables")
+    return Tables.read(root / "tables")
+
+
+def test_stable_targets_are_judged_for_each_size_of_the_reference(targets):
+    whole = evidence.stable_quality(targets)
     assert [about["backbone"] for about, _ in whole] == ["all backbones", "U-ViT", "U-DiT"]
     assert whole[0][1].evidence.n == 3
-    stf = found.runs["target_kind"] == "stf"
-    runs = found.runs.assign(
-        variant=found.runs["variant"].mask(stf, "target.reference=64"),
-        line=found.runs["line"].mask(stf, found.runs["line"] + " / target.reference=64"),
+    stf = targets.runs["target_kind"] == "stf"
+    runs = targets.runs.assign(
+        variant=targets.runs["variant"].mask(stf, "target.reference=64"),
+        line=targets.runs["line"].mask(stf, targets.runs["line"] + " / target.reference=64"),
     )
-    again = evidence.stable_quality(replace(found, runs=runs))
+    again = evidence.stable_quality(replace(targets, runs=runs))
     assert [one.evidence.mean for _, one in again] == [one.evidence.mean for _, one in whole]
     assert "(64 references)" in again[0][1].reason
-    ((_, nothing),) = evidence.stable_quality(found.only(target_kind="dsm"))
+    ((_, nothing),) = evidence.stable_quality(targets.only(target_kind="dsm"))
     assert nothing.word == UNTESTABLE
 
 
-def test_long_skips_are_judged_on_unscaled_dsm_arms_with_their_twin(tmp_path):
-    manifest = synthetic.build(
-        tmp_path,
-        backbones=("uvit", "udit"),
-        scalings=("none",),
-        seeds=(0, 1, 2),
-        diverged=(),
-        missing=(),
-        logged=10,
-    )
-    aggregate(manifest, manifest.parent, tmp_path / "tables")
-    found = Tables.read(tmp_path / "tables")
+def test_long_skips_are_judged_on_unscaled_dsm_arms_with_their_twin(targets):
     swap = {"udit": "uvit(skip=False)"}
-    runs = found.runs.assign(line=found.runs["line"].replace(swap))
-    (one,) = evidence.long_skips(replace(found, runs=runs))
+    runs = targets.runs.assign(line=targets.runs["line"].replace(swap))
+    (one,) = evidence.long_skips(replace(targets, runs=runs))
     assert one.evidence.n == 3  # seeds; the STF arms of the same seeds are no further evidence
-    alone = replace(found, runs=runs[runs["line"] != "uvit"])
+    alone = replace(targets, runs=runs[runs["line"] != "uvit"])
     assert evidence.long_skips(alone) == []

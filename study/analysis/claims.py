@@ -422,7 +422,7 @@ def _stability_summary(
         )
         return [none, *_target_sentences(tables, mean), _divergence_sentence(tables)]
     tested = [cell for cell in cells if cell.tested]
-    answer = _overall_sentence(mean[mean["against"] == "none"], "the arms of a measure")
+    answer = _overall_sentence(mean[mean["against"] == "none"])
     if tested:
         shown = [
             (cell, row) for cell in tested for _, row in cell.with_verdict("more stable").iterrows()
@@ -500,7 +500,7 @@ def _stability_summary(
     return [*answer, f"Does it agree with ScaleLong? {_agreement(findings)}"]
 
 
-def _overall_sentence(rows: pd.DataFrame, family: str) -> list[str]:
+def _overall_sentence(rows: pd.DataFrame) -> list[str]:
     """What is shown on average over the backbones; nothing where that cannot be tested."""
     tested = rows[rows["p_holm"].notna()]
     if tested.empty:
@@ -525,7 +525,7 @@ def _overall_sentence(rows: pd.DataFrame, family: str) -> list[str]:
     without = f" Without a test on average: {', '.join(names)} (pairs were lost)." if names else ""
     return [
         f"On average over {_ends(tested['n_backbones'])} backbones (geometric mean in each of "
-        f"{_ends(tested['n_pairs'])} seeds, Holm's correction over {family}, 5 %): "
+        f"{_ends(tested['n_pairs'])} seeds, Holm's correction over the arms of a measure, 5 %): "
         f"{'; '.join(parts)}; no difference shown in {silent} of {len(tested)} tests.{without}"
     ]
 
@@ -554,7 +554,7 @@ def _target_sentences(tables: Tables, mean: pd.DataFrame) -> list[str]:
     if rows.empty:
         return []
     intro = "STF against DSM at the same backbone and scaling"
-    average = _overall_sentence(mean[mean["against"] == "dsm"], "the arms of a measure")
+    average = _overall_sentence(mean[mean["against"] == "dsm"])
     average = [f"STF against DSM: {text[0].lower()}{text[1:]}" for text in average]
     tested = rows[rows["p_holm"].notna()]
     if tested.empty:

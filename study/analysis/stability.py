@@ -339,12 +339,12 @@ def overall(pairs: pd.DataFrame) -> pd.DataFrame:
 
     ``pairs`` has the columns of ``stability_pairs.csv``; the answer those of ``stability.csv`` that
     speak of comparisons, ``line`` being :data:`ALL`, ``n_backbones``, and in ``setting`` what else
-    tells arms apart (a formulation, a reference size). An arm that a single
-    backbone has is left out. A seed gives one number, the geometric
-    mean of its factors over the backbones that have the arm, and counts where none of them lost
-    its pair: no backbone drops out of the mean in one seed and not in another, and runs that share
-    their seed are not taken for independent ones. Holm's correction spans the arms of one measure
-    and ``against``. Backbones are those of the study, not a sample of all.
+    tells arms apart (a formulation, a reference size). An arm that a single backbone has is left
+    out. A seed gives one number, the geometric mean of its factors over the backbones that have
+    the arm, and counts where none of them lost its pair: no backbone drops out of the mean in one
+    seed and not in another, and runs that share their seed are not taken for independent ones.
+    Holm's correction spans the arms of one measure and ``against``. Backbones are those of the
+    study, not a sample of all.
     """
     answer: list[dict[str, Any]] = []
     words = ["measure", "against", "skip_scaling", "target", "formulation", "variant"]
