@@ -1,6 +1,9 @@
 # Reads config.yaml and says what the study consists of. The work is in workflow/rules/, the code
 # that it calls in study/ (python -m study <verb>). What a run will cost: study plan.
-configfile: "config.yaml"
+# A file that is given is the whole study: config.yaml is then not read, here or in any job.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config.yaml"
 
 
 include: "workflow/rules/common.smk"

@@ -45,7 +45,7 @@ class Project:
         return self.python("-m", "study", *arguments, **options)
 
     def command(self, *flags: str) -> list[str]:
-        configured = ["--configfile", self.config, "--replace-workflow-config"]
+        configured = ["--configfile", self.config]
         return [sys.executable, "-m", "snakemake", *flags, *configured]
 
     def snakemake(self, *flags: str, **options) -> subprocess.CompletedProcess:

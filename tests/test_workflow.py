@@ -464,7 +464,7 @@ HEAVY = {"torch", "pandas", "matplotlib", "sklearn", "accelerate", "torchvision"
 
 def test_snakefile_and_plan_import_nothing_heavy(project):
     for command in (
-        ["-m", "snakemake", "-n", "--configfile", SMOKE, "--replace-workflow-config"],
+        ["-m", "snakemake", "-n", "--configfile", SMOKE],
         ["-m", "study", "status", "--config", SMOKE],
         ["-m", "study", "runs", "--config", SMOKE],
     ):
