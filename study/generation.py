@@ -1,6 +1,5 @@
 """From seeds to images: every sample is a function of its own seed."""
 
-import math
 import sys
 import time
 from pathlib import Path
@@ -22,42 +21,28 @@ from study.diffusion.samplers import NoiseSource, nfe, sampler
 from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network
+from study.pictures import in_order, tile
 from study.provenance import Stopwatch, provenance
-from study.trained import denoiser_of, load_weights
+from study.trained import BrokenWeights, denoiser_of, load_weights
 
 GRID = 10
 """Rows and columns of the sample grid."""
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C]; values outside are clipped."""
+    """Finite images [B, C, H, W] in [-1, 1] as uint8 [B, H, W, C]; values outside are clipped."""
     scaled = (images.float() * 127.5 + 128).clip(0, 255).to(torch.uint8)
     return scaled.permute(0, 2, 3, 1).cpu().numpy()
-
-
-def tile(images: np.ndarray, columns: int = GRID, side: int = 640) -> Image.Image:
-    """Lay uint8 images [n, H, W, C] out in rows, magnified by a whole number to about ``side``.
-
-    White lines part the images, one sixteenth of an image wide (2 pixels at least).
-    """
-    count, height, width, channels = images.shape
-    rows = max(1, math.ceil(count / columns))
-    factor = max(1, side // (columns * width))
-    high, wide = height * factor, width * factor
-    gap = max(2, wide // 16)
-    shape = (rows * (high + gap) - gap, columns * (wide + gap) - gap, channels)
-    sheet = np.full(shape, 255, np.uint8)
-    for number, image in enumerate(images):
-        row, column = divmod(number, columns)
-        top, left = row * (high + gap), column * (wide + gap)
-        large = image.repeat(factor, 0).repeat(factor, 1)
-        sheet[top : top + high, left : left + wide] = large
-    return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
 
 
 def _save_picture(path: Path, picture: Image.Image) -> None:
     with atomic(path) as temporary:
         picture.save(temporary, format="PNG")
+
+
+def finite(samples: Tensor) -> Tensor:
+    """Which of the samples [B, ...] hold finite numbers alone, bool [B]."""
+    return samples.isfinite().flatten(1).all(1)
 
 
 def _save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
@@ -93,15 +78,19 @@ class _Parts:
             write_json(note, text)
 
     def path(self, start: int) -> Path:
-        return self.folder / f"{start:08d}.npy"
+        return self.folder / f"{start:08d}.npz"
 
-    def load(self, start: int) -> np.ndarray | None:
+    def load(self, start: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """Images of the samples that are finite, and which ones those are."""
         path = self.path(start)
-        return np.load(path, allow_pickle=False) if path.exists() else None
+        if not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as file:
+            return file["images"], file["whole"]
 
-    def save(self, start: int, images: np.ndarray, seconds: float) -> None:
+    def save(self, start: int, images: np.ndarray, whole: np.ndarray, seconds: float) -> None:
         with atomic(self.path(start)) as temporary, temporary.open("wb") as file:
-            np.save(file, images)
+            np.savez(file, images=images, whole=whole)
         write_json(self.folder / "seconds.json", seconds)
 
     @property
@@ -115,16 +104,19 @@ class _Parts:
             path.unlink()
 
 
-def _skip(out: Path, status: dict[str, Any], archive: Archive, facts: dict[str, Any]) -> None:
-    """What a diverged run leaves: no images, and a grid that says so."""
+def _skip(
+    out: Path, archive: Archive, facts: dict[str, Any], word: str, reason: str
+) -> dict[str, Any]:
+    """What a run leaves that cannot be sampled: no images, and a grid that says so."""
+    print(f"study: {reason}: nothing is sampled", file=sys.stderr)
     shape = (0, archive.resolution, archive.resolution, archive.channels)
     _save_samples(out / "samples.npz", np.zeros(shape, np.uint8), np.zeros(0, np.int64))
     picture = Image.new("L", (480, 480), 200)
-    text = f"diverged at step {status['step']}"
-    ImageDraw.Draw(picture).text((240, 240), text, fill=0, anchor="mm", font_size=32)
+    ImageDraw.Draw(picture).text((240, 240), word, fill=0, anchor="mm", font_size=32)
     _save_picture(out / "grid.png", picture)
-    reason = f"training diverged at step {status['step']}: {status['reason']}"
-    write_json(out / "generate.json", {"status": "skipped", "reason": reason, "images": 0, **facts})
+    facts = {"status": "skipped", "reason": reason, "images": 0, **facts}
+    write_json(out / "generate.json", {**facts, "provenance": provenance()})
+    return facts
 
 
 def _decoder(protocol: dict[str, Any], archive: Archive) -> LatentDecoder | None:
@@ -168,8 +160,12 @@ def generate(
     are made at a time; ``code`` is the digest of the generating code, and batches that other code
     left unfinished are not used. Latents are decoded with the protocol's decoder. Writes
     ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels), ``grid.png`` and
-    ``generate.json``. A diverged run gives zero images. Raises ``UserError`` where weights are
-    missing or do not fit.
+    ``generate.json``, and returns what that holds.
+
+    ``status`` is ``skipped`` for a run without images: one that diverged, or whose weights are not
+    finite. It is ``diverged`` where samples (or what the decoder makes of them) are not finite: no
+    image is made of these, ``not_finite`` counts them, ``not_finite_seeds`` names them. Else it is
+    ``done``. Raises ``UserError`` where weights are missing or do not fit.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -191,8 +187,8 @@ def generate(
     }
     out.mkdir(parents=True, exist_ok=True)
     if status["status"] == "diverged":
-        _skip(out, status, archive, {**facts, "provenance": provenance()})
-        return {"status": "skipped"}
+        word = f"diverged at step {status['step']}"
+        return _skip(out, archive, facts, word, f"training {word}: {status['reason']}")
     accelerator = Accelerator(cpu=not torch.cuda.is_available() or None)
     device = accelerator.device
     check_attention(spec["training"]["attention"], device)
@@ -204,7 +200,10 @@ def generate(
             "weights_sha256": sha256(protocol["decoder"]["weights"]),
         }
     network = build_network(spec, archive).to(device).eval()
-    weights_sha256 = sha256(load_weights(network, train, protocol["weights"]))
+    try:
+        weights_sha256 = sha256(load_weights(network, train, protocol["weights"]))
+    except BrokenWeights as error:
+        return _skip(out, archive, facts, "weights not finite", str(error))
     denoiser = denoiser_of(spec, network, device)
     if protocol["guidance"] is not None:
         denoiser = guided(denoiser, protocol["guidance"], null_label=archive.num_classes)
@@ -220,7 +219,7 @@ def generate(
         {**identity, "images": count, "weights_sha256": weights_sha256},
     )
     stopwatch = Stopwatch(device, before=parts.seconds)
-    images = []
+    images, whole = [], []
     starts = range(0, count, batch)
     quiet = 1.0 if sys.stderr.isatty() else 20.0
     for start in tqdm(starts, desc="generate", unit="batch", mininterval=quiet):
@@ -234,18 +233,29 @@ def generate(
             latents = source.latents().to(device)
             with arithmetic(facts["precision"]):
                 made = draw.sample(denoiser, latents, label, noise=source)
-            made = to_uint8(made if decoder is None else decoder.decode(made))
-            parts.save(start, made, stopwatch.seconds)
-        images.append(made)
-        _progress(run_dir, start + len(made), count, stopwatch.seconds)
+            sound = finite(made)
+            if decoder is not None:
+                made = decoder.decode(made)
+                sound &= finite(made)
+            made = to_uint8(made[sound]), sound.cpu().numpy()
+            parts.save(start, *made, stopwatch.seconds)
+        images.append(made[0])
+        whole.append(made[1])
+        _progress(run_dir, start + len(made[1]), count, stopwatch.seconds)
     seconds = stopwatch.seconds
-    samples = np.concatenate(images)
-    _save_samples(out / "samples.npz", samples, labels)
-    _save_picture(out / "grid.png", tile(samples[: GRID * GRID]))
+    samples, kept = np.concatenate(images), np.concatenate(whole)
+    absent = np.flatnonzero(~kept)
+    _save_samples(out / "samples.npz", samples, labels[kept])
+    _save_picture(out / "grid.png", tile(in_order(samples, absent, GRID * GRID), GRID))
+    broken = f"{len(absent)} of {count} samples are not finite" if len(absent) else None
+    if broken:
+        print(f"study: {broken}: no image is made of them", file=sys.stderr)
     result = {
-        "status": "done",
-        "reason": None,
-        "images": count,
+        "status": "diverged" if broken else "done",
+        "reason": broken,
+        "images": len(samples),
+        "not_finite": len(absent),
+        "not_finite_seeds": (protocol["seed"] + absent).tolist(),
         **facts,
         "weights_sha256": weights_sha256,
         "samples_sha256": sha256(out / "samples.npz"),

@@ -85,19 +85,20 @@ def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str
     if stage == "evaluate":
         same = facts.get("protocol") in (None, study.evaluation.protocol())
         return "" if same else "made by another protocol"
-    if facts.get("status") != "done":
+    if facts.get("status") == "skipped":
         return ""
     guidance = guidance_options(
         protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec["formulation"]
     )
+    drawn = facts["images"] + (facts.get("not_finite") or 0)
     wanted = {
         "sampler": protocol.sampler.resolved(),
         "guidance": guidance and guidance.model_dump(mode="json"),
         "seed": protocol.seed,
         "weights": protocol.weights,
-        "images": protocol.images or facts["images"],
+        "images": protocol.images or drawn,
     }
-    same = all(facts.get(key) == value for key, value in wanted.items())
+    same = all({**facts, "images": drawn}.get(key) == value for key, value in wanted.items())
     return "" if same else "made by another protocol"
 
 
@@ -137,6 +138,8 @@ def state_of(run: Run, folder: Path, now: float | None = None, study: Study | No
         why = "" if study is None else _unlike(study, stage, run, facts)
         if why:
             return State(run, "stale", stage, step, steps, note=f"{stage}: {why}")
+        if stage == "generate" and not diverged:
+            reason = facts.get("reason") or ""
     for probe in () if study is None else study.probes:
         if run.name not in probed({run.name: run}, probe):
             continue

@@ -18,6 +18,10 @@ WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
 """Files in a run's ``train/``: the averaged weights, and those of the last step."""
 
 
+class BrokenWeights(UserError):
+    """Weights that are not finite: a result of their run, which has no samples and no features."""
+
+
 def weights_file(train: str | Path, which: str = "ema") -> Path:
     """The file of the averaged (``ema``) or last (``raw``) weights of the run in ``train``.
 
@@ -32,13 +36,20 @@ def weights_file(train: str | Path, which: str = "ema") -> Path:
 def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Path:
     """Load the weights of the run in ``train``; returns their file.
 
-    Raises ``UserError`` where it is missing or does not fit.
+    Raises ``UserError`` where it is missing or does not fit, ``BrokenWeights`` where a weight is
+    not finite.
     """
     path = weights_file(train, which)
+    weights = load_file(path)
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
+    broken = {name: int((~value.isfinite()).sum()) for name, value in weights.items()}
+    if count := sum(broken.values()):
+        first = next(name for name, number in broken.items() if number)
+        verb = "weight is" if count == 1 else "weights are"
+        raise BrokenWeights(f"{path.name}: {count} {verb} not finite, the first of them in {first}")
     return path
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -35,7 +34,7 @@ def show(figure: Figure) -> Any:
     from IPython.display import Image
 
     buffer = io.BytesIO()
-    with matplotlib.rc_context(style.RC):
+    with style.look():
         figure.savefig(buffer, format="png", metadata={"Software": None})
     width = round(figure.get_size_inches()[0] * 130)
     return Image(data=buffer.getvalue(), width=width, alt=figure.get_label())

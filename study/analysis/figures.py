@@ -24,8 +24,9 @@ from matplotlib.patches import Patch, Rectangle
 
 from study.analysis import statistics, style
 from study.analysis.stability import ALL, MEASURES, overall
-from study.analysis.tables import Tables
-from study.files import UserError
+from study.analysis.tables import NOT_MEASURED, OTHERWISE, Tables
+from study.files import UserError, read_json
+from study.pictures import in_order
 
 FORMATS = ("png", "svg", "pdf")
 FIGURES: dict[str, Callable[..., Figure]] = {}
@@ -47,8 +48,8 @@ def drawn(
 
     @functools.wraps(function)
     def styled(*arguments: Any, **options: Any) -> Figure:
-        with matplotlib.rc_context(style.RC):
-            figure = function(*arguments, **options)
+        with style.look():
+            figure = style.finish(function(*arguments, **options))
         figure.set_label(" ".join((function.__doc__ or "").split()))
         return figure
 
@@ -99,6 +100,12 @@ def _made_of(tables: Tables, metric: str | None = None, more: str = "") -> str:
         f"data set {', '.join(sorted(set(runs['dataset'])))}",
     ]
     if metric:
+        states = tables.metrics.loc[tables.metrics["metric"] == metric, "status"]
+        parts += [
+            f"{int((states == state).sum())} {state}, not shown"
+            for state in (OTHERWISE, NOT_MEASURED)
+            if (states == state).any()
+        ]
         parts.append(describe_identity(tables, metric))
     text = "; ".join(parts) + "."
     notes = sorted(set(runs["dataset_note"]) - {""})
@@ -120,12 +127,14 @@ def measured(identity: dict[str, Any]) -> str:
     except json.JSONDecodeError:
         sampler = {"kind": identity["sampler"]}
     kind, steps = sampler.get("kind", "sampler"), sampler.get("steps")
+    named = ("precision", "guidance", "decoder")
+    more = "".join(f", {key} {identity[key]}" for key in named if identity.get(key))
     return (
         f"{identity.get('images')} generated against {identity.get('reference_images')} images of "
         f"{identity.get('reference')} ({identity.get('split')}), {identity.get('extractor')} "
         f"features, {kind}"
         + (f" {steps} steps" if steps else "")
-        + f" (NFE {identity.get('nfe')}), {identity.get('weights')} weights, "
+        + f" (NFE {identity.get('nfe')}), {identity.get('weights')} weights{more}, "
         f"{identity.get('tool')} {identity.get('tool_version')}"
     )
 
@@ -436,7 +445,7 @@ def _heat_cell(
         raise UserError(f"two arms share the cell {key[0]} x {key[1]}")
     lost, runs = int(row["n_diverged"]), int(row["n_runs"])
     if pd.isna(row["mean"]):
-        word = "diverged" if lost else "missing"
+        word = absent(row).replace(" ", "\n")
         axes.add_patch(
             Rectangle(
                 (j + 0.02, i + 0.02),
@@ -488,6 +497,15 @@ def _heat_cell(
         fontsize=5,
         linespacing=1.1,
     )
+
+
+def absent(row: Any) -> str:
+    """Why an arm (a row of ``summary.csv``) has no mean in the column of a metric."""
+    if row["n_diverged"]:
+        return "diverged"
+    if row["n_otherwise"]:
+        return OTHERWISE
+    return NOT_MEASURED if row["n_not_measured"] else "missing"
 
 
 def short(value: float, like: float | None = None) -> str:
@@ -927,7 +945,7 @@ def sample_grids(tables: Tables) -> Figure:
         return text_figure("Samples", "The results folder is not known.", _made_of(tables))
     first = runs.assign(_order=pd.to_numeric(runs["seed"], errors="coerce"))
     first = first.sort_values(["_order", "seed", "run"]).drop_duplicates("arm")
-    shown = first[first["generation"] == "done"]
+    shown = first[first["generation"].isin(["done", "diverged"])]
     seeds = sorted(set(shown["sampling_seed"].dropna()))
     samplers = sorted(set(shown["sampler"]) - {""})
     same = len(seeds) <= 1 and len(samplers) <= 1
@@ -982,14 +1000,20 @@ def _sample_cell(axes: Any, tables: Tables, row: Any) -> None:
         size = read_samples(path, 1).shape[1:] or (1,)
         side = 4 if size[0] <= 16 else 3
         images = read_samples(path, side * side)
+        facts = path.with_name("generate.json")
+        facts = read_json(facts) if facts.is_file() else {}
+        broken = [seed - facts["seed"] for seed in facts.get("not_finite_seeds") or ()]
+        images = in_order(images, broken, side * side) if len(images) else images
     if len(images):
         axes.imshow(_tile(images, side, 1 + size[0] // 32), interpolation="nearest")
         return
     lost = row["status"] == "diverged"
-    word = f"diverged\nat step\n{row['step']}" if lost else "no\nsamples"
+    broken = row["status"] == "done" and row["generation"] in ("diverged", "skipped")
+    word = "not\nfinite" if broken else "no\nsamples"
+    word = f"diverged\nat step\n{row['step']}" if lost else word
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.add_patch(
-        Rectangle((0, 0), 1, 1, hatch="/////" if lost else "", fc="#f1f1f1", ec="#b9b9b9", lw=0)
+        Rectangle((0, 0), 1, 1, hatch="/////" if lost or broken else "", fc="#f1f1f1", ec="#b9b9b9", lw=0)
     )
     axes.text(
         0.5,

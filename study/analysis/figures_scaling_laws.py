@@ -234,7 +234,7 @@ def _bounds(rows: pd.DataFrame, bounds: pd.DataFrame) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.3g} ×" if value < 1000 else f"10$^{{{np.log10(value):.1f}}}$ ×"
+    return f"{value:.3g} ×" if value < 1000 else f"{value:.1e} ×"
 
 
 @drawn(probe="scaling_laws")

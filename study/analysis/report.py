@@ -12,9 +12,9 @@ import pandas as pd
 from study import published
 from study.analysis import evidence, style
 from study.analysis.claims import CONVERGED, label_bias, p_text, stability_answer
-from study.analysis.figures import FIGURES, measured, short
+from study.analysis.figures import FIGURES, absent, measured, short
 from study.analysis.stability import MEASURES, Measure
-from study.analysis.tables import Tables, better
+from study.analysis.tables import NOT_MEASURED, Tables, better
 from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
@@ -181,8 +181,8 @@ class _Page:
         words = [f"{count(len(runs), 'run')} of {count(runs['arm'].nunique(), 'arm')}"]
         words.append(f"{finished} finished")
         words.append(f"{len(lost)} diverged")
-        absent = len(runs) - finished - len(lost)
-        words += [f"{absent} missing or unfinished"] if absent else []
+        rest = len(runs) - finished - len(lost)
+        words += [f"{rest} missing or unfinished"] if rest else []
         answer = [", ".join(words) + "."]
         if len(lost):
             seeds = lost.groupby("arm")["seed"].agg(list)
@@ -197,8 +197,7 @@ class _Page:
                 f"Diverged: {'; '.join(named[:5])}"
                 + (f"; and {len(named) - 5} more arms." if len(named) > 5 else ".")
             )
-        rows = self.tables.comparisons
-        rows = rows[rows["metric"] == (self.metric or "")]
+        rows = self.tables.by_arm(self.tables.comparisons, self.metric, "n_pairs")
         if len(rows):
             verdicts = rows["verdict"].value_counts()
             tested = len(rows) - int(verdicts.get("no test", 0))
@@ -215,25 +214,42 @@ class _Page:
                     f"None of the {len(rows)} arms could be tested against the unscaled DSM arm: "
                     "a test needs at least two seeds. Differences below are shown, not claimed."
                 )
+        broken = runs[(runs["status"] == "done") & runs["generation"].isin(["diverged", "skipped"])]
+        if len(broken):
+            answer.append(
+                f"The samples of {count(len(broken), 'run')} are not all finite; no metric is made "
+                "of the others alone (see the checks)."
+            )
         if self.answer.matrix:
             answer.append(f"Stability: {self.answer.summary[0]}")
         return answer
 
     def best(self) -> list[dict[str, Any]]:
-        """Per backbone, the arm with the best mean, and how it stands to the unscaled DSM arm."""
+        """Per backbone, the arm with the best mean, and how it stands to the unscaled DSM arm.
+
+        A backbone that was measured otherwise has a row of its own: its numbers compare with none
+        above.
+        """
         if self.metric is None:
             return []
+        ways = self.tables.ways(self.metric)
         rows = self.tables.summary
-        rows = rows[(rows["metric"] == self.metric) & rows["mean"].notna()]
-        tests = self.tables.comparisons
-        tests = tests[tests["metric"] == self.metric].set_index("arm")
+        rows = rows[rows["metric"].isin(ways) & rows["mean"].notna()]
+        tests = self.tables.comparisons.set_index(["arm", "metric"])
         answer = []
-        for line in style.order_lines(rows["line"]):
-            here = rows[rows["line"] == line]
+        groups = [
+            (rows[(rows["line"] == line) & (rows["metric"] == way)], way)
+            for line in style.order_lines(rows["line"])
+            for way in ways
+        ]
+        for here, way in groups:
+            if here.empty:
+                continue
             lower = here["better"].iloc[0] == "lower"
             row = here.loc[here["mean"].idxmin() if lower else here["mean"].idxmax()]
             item = {
-                "backbone": style.line_label(line),
+                "backbone": style.line_label(row["line"]),
+                "way": "" if way == self.metric else style.metric_label(way),
                 "name": self.named.get(row["arm"], ""),
                 "scaling": style.scaling_label(row["skip_scaling"]),
                 "target": style.target_label(row["target"]),
@@ -245,8 +261,8 @@ class _Page:
             }
             if row["arm"] in self.skipless:
                 item["test"] = "no long skips, nothing to scale"
-            if row["arm"] in tests.index:
-                test = tests.loc[row["arm"]]
+            if (row["arm"], way) in tests.index:
+                test = tests.loc[row["arm"], way]
                 if pd.notna(test["mean_difference"]):
                     item["difference"] = " ".join(
                         [
@@ -303,8 +319,7 @@ class _Page:
                 "read them before any number."
             )
         seeds = self.runs.groupby("arm")["run"].count()
-        rows = self.tables.comparisons
-        rows = rows[rows["metric"] == (self.metric or "")]
+        rows = self.tables.by_arm(self.tables.comparisons, self.metric, "n_pairs")
         if len(seeds) and seeds.max() == 1:
             answer.append(
                 "One seed per arm: the spread between seeds is unknown, so no interval and no "
@@ -386,6 +401,7 @@ class _Page:
         if summary.empty:
             return []
         by_arm = {arm: rows.set_index("metric") for arm, rows in summary.groupby("arm")}
+        own = self.tables.by_arm(summary, self.metric, "n").set_index("arm")
         answer = []
         for row in self.arm_rows():
             rows = by_arm.get(row["arm"])
@@ -394,10 +410,11 @@ class _Page:
             cells = []
             for metric in self.metrics:
                 cell = rows.loc[metric]
-                lost, absent = int(cell["n_diverged"]), int(cell["n_missing"])
                 if pd.isna(cell["mean"]):
-                    text = "diverged" if lost else "missing"
-                    cells.append({"text": text, "small": "", "value": "", "lost": bool(lost)})
+                    text = absent(cell)
+                    bad = text in ("diverged", NOT_MEASURED)
+                    small = "" if text == "diverged" else cell["note"]
+                    cells.append({"text": text, "small": small, "value": "", "lost": bad})
                     continue
                 small = interval(cell["ci_low"], cell["ci_high"], cell["mean"])
                 cells.append(
@@ -408,10 +425,9 @@ class _Page:
                         "lost": False,
                     }
                 )
-            leading = rows.loc[self.metrics[0]]
-            lost, absent = int(leading["n_diverged"]), int(leading["n_missing"])
-            apart = [f"{lost} diverged"] if lost else []
-            apart += [f"{absent} missing"] if absent else []
+            leading = own.loc[row["arm"]]
+            counts = {"diverged": "n_diverged", "missing": "n_missing", NOT_MEASURED: "n_not_measured"}
+            apart = [f"{leading[n]} {state}" for state, n in counts.items() if leading[n]]
             answer.append(
                 {**row, "n": int(leading["n"]), "apart": ", ".join(apart), "cells": cells}
             )
@@ -537,9 +553,9 @@ class _Page:
             mean = f"{row['n_diverged']} of {row['n']}"
             small = ""
         lost = int(row["n_diverged"]) if measure.ratio else 0
-        absent = int(row["n_missing"])
+        rest = int(row["n_missing"])
         apart = [f"{lost} diverged"] if lost else []
-        apart += [f"{absent} missing"] if absent else []
+        apart += [f"{rest} missing"] if rest else []
         return {
             "against": row["against"],
             "n": row["n"],

@@ -14,8 +14,10 @@ matplotlib.use("Agg")
 import seaborn as sns
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatterSciNotation
 
 from study.analysis.stability import ALL
+from study.analysis.tables import MetricName
 from study.files import atomic
 
 WIDTH = 7.2
@@ -24,6 +26,7 @@ WIDTH = 7.2
 RC = {
     **sns.axes_style("ticks"),
     "font.family": ["DejaVu Sans"],
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 7.5,
     "axes.titlesize": 8,
     "axes.labelsize": 7.5,
@@ -55,6 +58,38 @@ RC = {
     "svg.fonttype": "path",
     "pdf.fonttype": 42,
 }
+
+_DEFAULTS = {key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"}
+
+
+def look() -> Any:
+    """A context in which matplotlib draws in this look alone, whatever it was set to before."""
+    return matplotlib.rc_context({**_DEFAULTS, **RC})
+
+
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+
+class _Powers(LogFormatterSciNotation):
+    """matplotlib's numbers of logarithmic axes, without its mathematics: 10⁻², 2×10⁻²."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        text = super().__call__(x, pos).removeprefix(r"$\mathdefault{").removesuffix("}$")
+        text = text.replace(r"\times", "×")
+        return re.sub(r"\^\{(.*?)\}", lambda found: found[1].translate(_RAISED), text)
+
+
+def finish(fig: Figure) -> Figure:
+    """The figure with plain words for every power of ten; see ``text.parse_math``."""
+    for axes in fig.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            for level in ("major", "minor"):
+                old = getattr(axis, f"get_{level}_formatter")()
+                if type(old) is LogFormatterSciNotation:
+                    powers = _Powers(labelOnlyBase=old.labelOnlyBase)
+                    getattr(axis, f"set_{level}_formatter")(powers)
+    return fig
+
 
 COLOURS = {
     "none": "#3d3d3d",
@@ -125,13 +160,16 @@ def target_label(target: str) -> str:
 
 
 def metric_label(metric: str, extractor: str = "") -> str:
-    """ "fd_digits_1797" gives "FD (digits), 1797 images": never "FID" for other features."""
-    base, *rest = metric.split("_")
-    images = rest.pop() if rest and rest[-1].isdigit() else ""
-    features = "_".join(rest) or (extractor if base not in ("fid",) else "")
-    name = METRICS.get(base, base)
+    """ "fd_digits_1797" gives "FD (digits), 1797 images": never "FID" for other features.
+
+    Where a study measured in several ways, the identity follows: ", identity ab12cd34".
+    """
+    parts = MetricName.parse(metric)
+    features = parts.features or (extractor if parts.base not in ("fid",) else "")
+    name = METRICS.get(parts.base, parts.base)
     name += f" ({features})" if features else ""
-    return f"{name}, {images} images" if images else name
+    name += f", {parts.images} images" if parts.images is not None else ""
+    return f"{name}, identity {parts.way}" if parts.way else name
 
 
 def order_scalings(scalings: Iterable[str]) -> list[str]:
@@ -220,7 +258,7 @@ def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
-    with matplotlib.rc_context(RC):
+    with look():
         # The layout is the slow part and the same for every format: make it once.
         fig.draw_without_rendering()
         fig.set_layout_engine("none")

@@ -9,8 +9,8 @@ import hashlib
 import json
 import math
 import re
-from collections import defaultdict
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import pandas as pd
 from study.analysis import stability, statistics
 from study.arms import complete
 from study.files import UserError, atomic, canonical_json, read_json
+from study.probes import MEASURED
 from study.probes.options import OPTIONS
 
 AXES = ["backbone", "skip_scaling", "target", "formulation"]
@@ -43,7 +44,7 @@ COLUMNS = {
         run {arm} seed status metric base extractor images value identity note"""),
     "summary": _names("""
         {arm} metric identity better n mean standard_deviation min_of_n max_of_n ci_low ci_high
-        n_runs n_diverged n_missing"""),
+        n_runs n_diverged n_missing n_not_measured n_otherwise note"""),
     "comparisons": _names("""
         {arm} baseline metric identity better n_pairs n_diverged_pairs mean_difference ci_low
         ci_high p_value p_holm tests_in_family detectable_difference verdict note"""),
@@ -66,7 +67,8 @@ COLUMNS = {
 INTEGERS = set(
     _names("""
         data_seed init_seed noise_seed step steps last_finite_step parameters skips images_seen
-        images sampling_seed nfe n n_runs n_diverged n_missing n_pairs n_diverged_pairs
+        images sampling_seed nfe n n_runs n_diverged n_missing n_not_measured n_otherwise n_pairs
+        n_diverged_pairs
         tests_in_family points window_first_step window_last_step generated_images""")
 )
 NUMBERS = set(
@@ -84,15 +86,12 @@ TABLES = (
 
 # Points that are kept of one curve: a quantity of the whole network, or one of many places.
 CURVE_POINTS, PLACE_POINTS = 60, 30
-# Columns of probes that were measured; all others say what a row is about, and may be infinite.
-MEASURED = (
-    *("value", "gain", "variance", "squared_bias", "standard_error", "share", "share_of_original"),
-    *("first_loss", "final_loss"),
-)
 # Quantities whose wobble about the smoothed curve is a result (ScaleLong, figure 1).
 OSCILLATING = ("loss", "grad_norm", "decoder_norm_after", "decoder_frobenius_after")
 # The window of the oscillation number: so many steps, and at least so many logged points.
 WINDOW_STEPS, WINDOW_POINTS = 500, 8
+# Why a finished run has no value in a column: none could be had, or another column holds it.
+NOT_MEASURED, OTHERWISE = "not measured", "measured otherwise"
 
 LOWER_IS_BETTER = ("fid", "fd", "kid")
 _PLAUSIBLE = {
@@ -104,9 +103,28 @@ _PLAUSIBLE = {
 }
 
 
+@dataclass(frozen=True)
+class MetricName:
+    """The parts of a metric's name: ``fd_digits_1797``, ``fid_50000``, ``fid_50000_ab12cd34``.
+
+    ``way`` is the identity, in the name where runs measured the metric in several ways.
+    """
+
+    base: str
+    features: str
+    images: int | None
+    way: str
+
+    @classmethod
+    def parse(cls, metric: str) -> "MetricName":
+        found = re.fullmatch(r"([^_]+)(?:_(.+?))??(?:_(\d+)(?:_([0-9a-f]{8}))?)?", metric)
+        base, features, images, way = found.groups() if found else (metric, "", None, "")
+        return cls(base, features or "", None if images is None else int(images), way or "")
+
+
 def better(metric: str) -> str:
     """ "lower" or "higher": the side of a metric on which the better arms lie."""
-    return "lower" if metric.split("_")[0] in LOWER_IS_BETTER else "higher"
+    return "lower" if MetricName.parse(metric).base in LOWER_IS_BETTER else "higher"
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -200,17 +218,43 @@ class Tables:
         counts = self.metrics.dropna(subset=["value"]).groupby("metric")["run"].count()
 
         def rank(metric: str) -> tuple:
-            base = metric.split("_")[0]
-            images = int(metric.rsplit("_", 1)[-1]) if metric[-1].isdigit() else 0
+            name = MetricName.parse(metric)
             order = ["fid", "fd", "kid", "is", "precision", "recall"]
             return (
-                order.index(base) if base in order else len(order),
+                order.index(name.base) if name.base in order else len(order),
                 -int(counts.get(metric, 0)),
-                -images,
+                -(name.images or 0),
                 metric,
             )
 
         return sorted({name for name in self.metrics["metric"] if name}, key=rank)
+
+    def ways(self, metric: str | None) -> list[str]:
+        """The metric and all others that are the same but for how they were measured, it first.
+
+        Each run has at most one of them; two of them never compare.
+        """
+        if metric is None:
+            return []
+        wanted = replace(MetricName.parse(metric), way="")
+        names = [
+            name
+            for name in self.metric_names()
+            if name != metric and replace(MetricName.parse(name), way="") == wanted
+        ]
+        return [metric, *names]
+
+    def by_arm(self, frame: pd.DataFrame, metric: str | None, column: str) -> pd.DataFrame:
+        """One row of ``frame`` for each arm, on the metric or the way in which it was measured.
+
+        ``column`` is what a row must hold; arms that have it nowhere keep the row of the metric.
+        """
+        ways = self.ways(metric)
+        rows = frame[frame["metric"].isin(ways)]
+        empty = rows[column].fillna(0) == 0
+        place = [ways.index(name) + len(ways) * none for name, none in zip(rows["metric"], empty)]
+        ordered = rows.iloc[np.argsort(place, kind="stable")]
+        return ordered.drop_duplicates("arm").sort_index()
 
     def identity(self, metric: str) -> dict[str, Any]:
         """The fields of a metric's identity; empty where nothing was measured."""
@@ -577,6 +621,32 @@ def _part_identities(found: list[_Found]) -> None:
                     values[name] = values.pop(metric)
 
 
+def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In what the first of two identities differs from the second."""
+    mine, theirs = _flat(one), _flat(other)
+    return ", ".join(
+        f"{key} {_word(mine.get(key))} instead of {_word(theirs.get(key))}"
+        for key in sorted(mine.keys() | theirs.keys())
+        if mine.get(key) != theirs.get(key)
+    )
+
+
+def _state(one: _Found, metric: str, identity: Mapping[str, Any]) -> tuple[str, str]:
+    """What a run is in the column of a metric, and why it has no value there."""
+    if one.status != "done":
+        return one.status, ""
+    if metric in one.metrics:
+        note = (one.fidelity.get("notes") or {}).get(metric, "")
+        return "done" if _finite(one.metrics[metric]) is not None else NOT_MEASURED, note
+    wanted = replace(MetricName.parse(metric), way="")
+    for name in sorted(one.metrics):
+        if replace(MetricName.parse(name), way="") == wanted:
+            unlike = _unlike(one.fidelity["identity"][name], identity)
+            return OTHERWISE, f"measured as {name}: {unlike}"
+    reason = one.fidelity.get("reason")
+    return (NOT_MEASURED, reason) if reason else ("missing", "")
+
+
 def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[dict]]:
     """Rows of ``metrics.csv`` and ``identities.csv``; every run has a row for every metric."""
     _part_identities(found)
@@ -588,10 +658,7 @@ def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[di
     for one in found:
         for metric in sorted(first):
             identity = first[metric][1]
-            measured = metric in one.metrics
-            state = one.status
-            if not measured and state == "done":
-                state = "missing"
+            state, note = _state(one, metric, identity)
             rows.append(
                 {
                     **labels[one.run],
@@ -599,12 +666,12 @@ def _metric_rows(found: list[_Found], labels: dict) -> tuple[list[dict], list[di
                     "seed": one.axis("seed"),
                     "status": state,
                     "metric": metric,
-                    "base": metric.split("_")[0],
+                    "base": MetricName.parse(metric).base,
                     "extractor": identity.get("extractor", ""),
                     "images": identity.get("images"),
                     "value": _finite(one.metrics.get(metric)) if state == "done" else None,
-                    "identity": _identity_id(identity) if measured else "",
-                    "note": (one.fidelity.get("notes") or {}).get(metric, ""),
+                    "identity": _identity_id(identity) if metric in one.metrics else "",
+                    "note": note,
                 }
             )
     rows.sort(key=lambda row: (row["metric"], row["run"]))
@@ -652,6 +719,13 @@ def _summary_rows(metrics: list[dict]) -> list[dict]:
                 "n_runs": len(rows),
                 "n_diverged": sum(row["status"] == "diverged" for row in rows),
                 "n_missing": sum(row["status"] in ("missing", "running") for row in rows),
+                "n_not_measured": sum(row["status"] == NOT_MEASURED for row in rows),
+                "n_otherwise": sum(row["status"] == OTHERWISE for row in rows),
+                "note": "; ".join(
+                    dict.fromkeys(
+                        row["note"] for row in rows if row["status"] in (NOT_MEASURED, OTHERWISE)
+                    )
+                ),
             }
         )
     return answer
@@ -683,9 +757,16 @@ def _comparison_rows(
         pairs = [(rows[seed], others[seed]) for seed in common]
         both = [(a, b) for a, b in pairs if a["value"] is not None and b["value"] is not None]
         result = statistics.paired([a["value"] - b["value"] for a, b in both])
-        lost = sum("diverged" in (a["status"], b["status"]) for a, b in pairs)
-        notes = [result.note] if result.note else []
-        notes += [f"{lost} pair{'s' if lost > 1 else ''} left out: diverged"] if lost else []
+        why = Counter(
+            state
+            for a, b in pairs
+            for state in ("diverged", NOT_MEASURED, OTHERWISE)
+            if state in (a["status"], b["status"])
+        )
+        lost = why["diverged"]
+        # A measured pair is not called absent.
+        notes = [result.note] if result.note and why.total() == lost else []
+        notes += [f"{n} pair{'s' if n > 1 else ''} left out: {state}" for state, n in why.items()]
         answer.append(
             {
                 **{key: labels_of[key] for labels_of in [next(iter(rows.values()))] for key in ARM},
@@ -846,6 +927,7 @@ def _probes(
 ) -> dict[str, pd.DataFrame]:
     """The rows of every probe of the study; those of runs and arms say whose they are."""
     answer = {}
+    lost = {one.run for one in found if one.status == "diverged"}
     for entry in (manifest.get("config") or {}).get("probes") or []:
         kind = entry["kind"]
         if OPTIONS[kind].subject in ("run", "arm"):
@@ -869,6 +951,7 @@ def _probes(
                 detail = f"probes/{path.name}: {str(error).splitlines()[0]}"
                 problems.append(_problem("error", "unreadable file", run, detail))
                 continue
+            problems += _unmeasured(kind, run, path.with_suffix(".json"), lost)
             problems += _infinite_numbers(kind, run, frame)
             if run and len(frame.columns):
                 frame.insert(0, "run", run)
@@ -876,6 +959,16 @@ def _probes(
                 frames.append(frame)
         answer[kind] = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     return answer
+
+
+def _unmeasured(kind: str, run: str, facts: Path, lost: Collection[str]) -> list[dict]:
+    """What a probe says that it could not measure; of diverged runs (``lost``) that is known."""
+    try:
+        reason = read_json(facts).get("reason") if facts.is_file() and run not in lost else None
+    except UserError as error:
+        return [_problem("error", "unreadable file", run, str(error))]
+    detail = f"{kind}: {reason}"
+    return [_problem("warning", "probe not measured", run, detail)] if reason else []
 
 
 def _infinite_numbers(kind: str, run: str, frame: pd.DataFrame) -> list[dict]:
@@ -912,6 +1005,9 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
             elif not one.fidelity:
                 detail = "sampled, but no evaluate/fidelity.json"
                 problems.append(_problem("warning", "no evaluation", run, detail))
+            if one.generate.get("reason"):
+                detail = one.generate["reason"]
+                problems.append(_problem("warning", "samples not finite", run, detail))
             step, steps = row["step"], row["steps"]
             if step is not None and steps is not None and step < steps:
                 detail = f"done at step {step} of {steps}"
@@ -924,8 +1020,11 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
             detail = "the spec on disk is not the manifest's"
             problems.append(_problem("error", "other spec", run, detail))
     problems += _identical_weights(found)
+    ways = defaultdict(set)
     for row in metrics:
-        if row["status"] != "done":
+        if row["status"] == OTHERWISE:
+            ways[row["metric"]].add(row["note"])
+        if row["status"] not in ("done", NOT_MEASURED):
             continue
         low, high = _PLAUSIBLE.get(row["base"], (-math.inf, math.inf))
         if row["value"] is None and row["note"]:
@@ -937,6 +1036,9 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
         elif not low <= row["value"] <= high:
             detail = f"{row['metric']} = {row['value']:.6g} outside [{low:g}, {high:g}]"
             problems.append(_problem("error", "implausible metric", row["run"], detail))
+    for metric, notes in sorted(ways.items()):
+        detail = f"{metric}: other runs were {'; '.join(sorted(notes))}"
+        problems.append(_problem("note", "several ways of measuring", "", detail))
     for column, check in (
         ("git_commit", "several commits"),
         ("device", "several devices"),

@@ -167,6 +167,9 @@ def train_classifier(
         _, logits = _predict(network, images[held_out])
     finally:
         torch.set_num_threads(threads)
+    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{data}: the classifier's training diverged: try another seed")
     wrong = int((logits.argmax(1) != labels[held_out]).sum())
     accuracy = 1 - wrong / len(held_out)
     if accuracy < required:
@@ -175,7 +178,6 @@ def train_classifier(
             f"images, needs {required:.0%}: try another seed, or check the labels"
         )
 
-    weights = {name: value.contiguous() for name, value in network.state_dict().items()}
     # One metadata key only: safetensors writes several in no fixed order.
     write_bytes(out, save(weights, metadata={"classifier": canonical_json(network.options)}))
     record = {

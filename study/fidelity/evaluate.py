@@ -1,7 +1,7 @@
 """Samples and a reference -> ``fidelity.json``, through torch-fidelity's public interface."""
 
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ from torch.utils.data import Dataset
 from study.fidelity import extractors
 from study.fidelity.extractors import torch_fidelity
 from study.fidelity.reference import Reference
-from study.files import UserError, read_json, write_json
+from study.files import UserError, read_json, sha256, write_json
 from study.provenance import Stopwatch, provenance
 
 METRICS = ("fd", "kid", "is", "prc")
+NUMBERS = {"prc": ("precision", "recall")}
+"""The numbers that a metric gives, where they are not one of its own name."""
 
 # torch-fidelity's defaults, written out because they are part of a number's identity.
 KID_SUBSETS = 100
@@ -63,6 +65,16 @@ class _Precomputed(torch_fidelity.FeatureExtractorBase):
 
     def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
         return (rows,)
+
+
+# What a metric can be; a Frechet distance of nearly equal sets may fall below zero by rounding.
+POSSIBLE = {
+    "fd": (-1e-3, np.inf),
+    "kid": (-np.inf, np.inf),
+    "is": (1 - 1e-6, np.inf),
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+}
 
 
 @dataclass(frozen=True)
@@ -154,14 +166,13 @@ def measure(
         "is": lambda: _inception_score(logits),
         "prc": lambda: _precision_recall(generated, reference),
     }
-    names = {"prc": ("precision", "recall")}
     finite = generated.isfinite().all(1)
     if logits is not None:
         finite &= logits.isfinite().all(1)
     broken = int((~finite).sum())
     scores: dict[str, Score] = {}
     for metric in metrics:
-        mine = names.get(metric, (metric,))
+        mine = NUMBERS.get(metric, (metric,))
         if broken:
             note = f"features of {broken} of {len(generated)} images are not finite"
             scores.update(dict.fromkeys(mine, Score(None, note=note)))
@@ -171,10 +182,27 @@ def measure(
         except np.linalg.LinAlgError as error:
             found = dict.fromkeys(mine, Score(None, note=f"did not converge: {error}"))
         for name, score in found.items():
-            if score.value is not None and not np.isfinite(score.value):
-                score = Score(None, note="not finite")
-            scores[name] = score
+            scores[name] = _possible(name, score)
     return scores
+
+
+def _possible(name: str, score: Score) -> Score:
+    """The score, or none and the reason where its number cannot be one of this metric."""
+    if score.value is None:
+        return score
+    if not np.isfinite(score.value):
+        return Score(None, note="not finite")
+    low, high = POSSIBLE[name]
+    if not low <= score.value <= high:
+        return Score(None, note=f"{score.value:.6g} came out, outside of [{low:g}, {high:g}]")
+    if score.spread is not None and not np.isfinite(score.spread):
+        return replace(score, spread=None)
+    return score
+
+
+def _bases(metrics: tuple[str, ...]) -> list[str]:
+    """Names of the numbers that metrics give."""
+    return [name for metric in metrics for name in NUMBERS.get(metric, (metric,))]
 
 
 def metric_name(base: str, extractor: str, images: int) -> str:
@@ -276,7 +304,9 @@ def evaluate(
     ``status`` is ``skipped`` for zero images (a diverged run), else ``done``. ``metrics`` maps
     names to numbers or ``null``; ``notes`` says why a number is missing or needs care; ``spread``
     holds the standard deviation over KID subsets and IS splits; ``identity`` what each number
-    is a measurement of. Raises ``UserError`` for samples that do not fit the reference.
+    is a measurement of. Where samples were not finite every number is missing: those of the others
+    would flatter the network. Raises ``UserError`` for samples that do not fit the reference, or
+    that are not those which ``generate.json`` describes.
     """
     samples = Path(samples)
     known = Reference(reference)
@@ -284,9 +314,21 @@ def evaluate(
     images = _read_samples(samples)
     beside = samples.with_name("generate.json")
     generation = read_json(beside) if beside.is_file() else {}
+    described = generation.get("samples_sha256")
+    if described is not None and described != sha256(samples):
+        raise UserError(
+            f"{samples}: not the samples that {beside} describes; make both anew with "
+            "`study generate`, or move the file away from it"
+        )
+    drawn = len(images) + (generation.get("not_finite") or 0)
     chosen = known.same_weights(weights or known.weights)
 
-    if len(images):
+    if drawn > len(images):
+        where, watch = "cpu", Stopwatch()
+        status = "done"
+        reason = f"{drawn - len(images)} of {drawn} samples are not finite"
+        scores = dict.fromkeys(_bases(metrics), Score(None, note=reason))
+    elif len(images):
         size, channels = known.identity["resolution"], known.identity["channels"]
         if images.shape[1:] != (size, size, channels):
             raise UserError(
@@ -304,8 +346,8 @@ def evaluate(
         where, watch, scores = "cpu", Stopwatch(), {}
         status, reason = "skipped", generation.get("reason") or "no images"
 
-    names = {b: metric_name(b, known.identity["extractor"], len(images)) for b in scores}
-    identities = _identities(scores, len(images), known.identity, generation)
+    names = {b: metric_name(b, known.identity["extractor"], drawn) for b in scores}
+    identities = _identities(scores, drawn, known.identity, generation)
     record = {
         "status": status,
         "reason": reason,

@@ -1,5 +1,7 @@
 """What probes look at, what they give back, and the one way in: ``probe``."""
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,11 +17,11 @@ from study.data import Archive, order
 from study.diffusion.base import Denoiser
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network
-from study.probes import PROBES
+from study.probes import MEASURED, PROBES
 from study.probes.options import OPTIONS, ProbeOptions
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator
-from study.trained import denoiser_of, load_weights, weights_file
+from study.trained import BrokenWeights, denoiser_of, load_weights, weights_file
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,21 @@ class StudySubject(DatasetSubject):
         return ArmSubject(self.archive, self.device, spec)
 
 
+def _finite(measured: Measured) -> tuple[Measured, str | None]:
+    """The same without measured numbers that are not finite, and a sentence that counts them."""
+    columns, lost = dict(measured.columns), []
+    for name in MEASURED:
+        if name not in columns:
+            continue
+        broken = [isinstance(one, float) and not math.isfinite(one) for one in columns[name]]
+        if any(broken):
+            kept = zip(columns[name], broken, strict=True)
+            columns[name] = [None if bad else one for one, bad in kept]
+            lost.append(f"{sum(broken)} of {len(broken)} in column {name}")
+    reason = f"left out because they are not finite: {', '.join(lost)}" if lost else None
+    return Measured(columns, measured.facts), reason
+
+
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -121,6 +138,16 @@ def _write(out: Path, measured: Measured) -> None:
     table = pyarrow.table({name: list(values) for name, values in measured.columns.items()})
     with atomic(out) as temporary:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")
+
+
+def _skip(out: Path, reason: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run leaves that has nothing to be looked at: a table without rows, and why."""
+    print(f"study: {reason}: nothing is measured", file=sys.stderr)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _write(out, Measured({}))
+    result = {"status": "skipped", "reason": reason, **facts, "provenance": provenance()}
+    write_json(out.with_suffix(".json"), result)
+    return result
 
 
 def probe(
@@ -139,9 +166,10 @@ def probe(
 
     A probe of runs takes ``run_dir`` (which holds ``train/``), one of arms takes ``spec`` or the
     ``run_dir`` of a run that was trained with it, one of a study takes ``manifest``
-    (``study.json``). A run that diverged gives a table without rows
-    and the status "skipped". Returns what the JSON holds. Raises ``UserError`` for an unknown
-    probe and for a subject that is missing.
+    (``study.json``). A run that diverged, or whose weights are not finite, gives a table without
+    rows and the status "skipped". A measured number that is not finite is left out, and ``reason``
+    counts such numbers. Returns what the JSON holds. Raises ``UserError`` for an unknown probe and
+    for a subject that is missing.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -171,11 +199,7 @@ def probe(
         facts |= {"spec": status["spec"], "trained_on_sha256": status.get("data_sha256")}
         if status["status"] == "diverged":
             reason = f"training diverged at step {status['step']}: {status['reason']}"
-            out.parent.mkdir(parents=True, exist_ok=True)
-            _write(out, Measured({}))
-            result = {"status": "skipped", "reason": reason, **facts, "provenance": provenance()}
-            write_json(out.with_suffix(".json"), result)
-            return result
+            return _skip(out, reason, facts)
         described = complete(status["spec"])
         subject = RunSubject(archive, device, described, train, status)
         weights = weights_file(train, getattr(chosen, "weights", "ema"))
@@ -195,13 +219,18 @@ def probe(
         subject = DatasetSubject(archive, device)
     precision = getattr(subject, "spec", {"training": {"precision": "fp32"}})["training"]
     stopwatch = Stopwatch(device)
-    with arithmetic(precision["precision"]):
-        measured = import_module(PROBES[kind]).measure(subject, chosen)
+    try:
+        with arithmetic(precision["precision"]):
+            measured, reason = _finite(import_module(PROBES[kind]).measure(subject, chosen))
+    except BrokenWeights as error:
+        return _skip(out, str(error), facts)
+    if reason:
+        print(f"study: probe {kind}: numbers {reason}", file=sys.stderr)
     out.parent.mkdir(parents=True, exist_ok=True)
     _write(out, measured)
     result = {
         "status": "done",
-        "reason": None,
+        "reason": reason,
         **facts,
         "facts": dict(measured.facts),
         "rows": len(next(iter(measured.columns.values()), ())),

@@ -31,7 +31,7 @@ within 3e-5. The rounding of D, which is subtracted from x, adds at most about
 
 Rows: ``sigma`` (noise level in EDM terms; a network with a table of levels is asked at the nearest
 one), ``relative`` (||delta|| / ||x||), ``space`` ("noise" | "network"), ``gain`` (mean over
-samples; None where it is not finite), ``standard_error`` (of that mean, over samples; None for a
+samples), ``standard_error`` (of that mean, over samples; None for a
 single one), ``samples``.
 """
 
@@ -113,14 +113,13 @@ def _gains(
 
 
 def _row(sigma: float, relative: float, space: str, gains: Tensor) -> dict[str, Any]:
-    count, mean = len(gains), gains.mean().item()
-    error = (gains.std() / math.sqrt(count)).item() if count > 1 else math.nan
+    count = len(gains)
     return {
         "sigma": sigma,
         "relative": relative,
         "space": space,
-        "gain": mean if math.isfinite(mean) else None,
-        "standard_error": error if math.isfinite(error) else None,
+        "gain": gains.mean().item(),
+        "standard_error": (gains.std() / math.sqrt(count)).item() if count > 1 else None,
         "samples": count,
     }
 
