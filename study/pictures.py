@@ -24,7 +24,7 @@ def crossed(height: int, width: int, channels: int) -> np.ndarray:
 def in_order(images: np.ndarray, absent: Collection[int], count: int) -> np.ndarray:
     """The first ``count`` samples in the order of their seeds, uint8 [n, H, W, C].
 
-    ``images`` are those that are finite, ``absent`` the places of all others, which are crossed out.
+    ``images`` are those that are finite; the places of all others (``absent``) are crossed out.
     """
     total = min(count, len(images) + len(absent))
     places = np.setdiff1d(np.arange(total), list(absent))

@@ -178,29 +178,46 @@ def rows(**where: str) -> list[dict[str, str]]:
     return [asdict(number) for number in numbers(**where)]
 
 
-def dataset_key(dataset: dict[str, Any]) -> str | None:
-    """The published dataset that a dataset spec equals, or None.
+# What a published data set is here: the source that reads its own files, its side in pixels, its
+# training images. Latents have no files of their own, and their number is that of an archive.
+_OWN_SOURCE = {"cifar10": "cifar10", "celeba64": "celeba", "imagenet64": "imagenet"}
+_SIDE = {"cifar10": 32, "celeba64": 64, "imagenet64": 64, "imagenet256-latent": 32}
+_IMAGES = {"cifar10": 50_000, "celeba64": 162_770, "imagenet64": 1_281_167}
 
-    ``dataset`` is the study's dataset section, note included. A lossy copy is another dataset: one
-    whose name, source or note speaks of JPEG has no published counterpart.
+
+def dataset_key(dataset: dict[str, Any]) -> str | None:
+    """The published dataset that a dataset spec can be, or None.
+
+    ``dataset`` is the study's dataset section, note included. A name is not enough: a part of the
+    images, another split, side or colour is another dataset, and so is a lossy copy, one whose
+    name, path or note speaks of JPEG or of losses. What a folder, zip or archive of that name
+    holds is not known here: `beside` looks at how many images it has.
     """
-    words = " ".join(str(dataset.get(key) or "") for key in ("name", "source", "note")).lower()
-    if "jpeg" in words or "jpg" in words:
+    words = " ".join(str(dataset.get(key) or "") for key in ("name", "path", "note")).lower()
+    if re.search(r"jpe?g|lossy|webp", words):
         return None
-    name = re.sub(r"[^a-z0-9]", "", str(dataset.get("name", "")).lower())
-    resolution, source = dataset.get("resolution"), dataset.get("source")
-    if source == "cifar10":
-        return "cifar10" if resolution in (None, 32) and not dataset.get("max_images") else None
-    if name.startswith("cifar10") and not name.startswith("cifar100") and resolution == 32:
-        return "cifar10"
-    if name.startswith("celeba") and resolution == 64:
-        return "celeba64"
-    if name.startswith("imagenet"):
-        if source == "latents":
-            return "imagenet256-latent" if resolution in (None, 32) else None
-        if resolution == 64:
-            return "imagenet64"
-    return None
+    if dataset.get("max_images") or dataset.get("split") not in (None, "train"):
+        return None
+    source, name = dataset.get("source"), str(dataset.get("name") or "").lower()
+    name = re.sub(r"[^a-z0-9]", "", name)
+    key = None
+    if source == "cifar10" or re.match(r"cifar10(?!0)", name):
+        key = "cifar10"
+    elif name.startswith("celeba") and not name.startswith("celebahq"):
+        key = "celeba64"
+    elif name.startswith("imagenet"):
+        key = "imagenet256-latent" if source == "latents" else "imagenet64"
+    if key is None or source == "digits":
+        return None
+    side = dataset.get("resolution")
+    known = side is None and (source == "cifar10" or key == "imagenet256-latent")
+    if not known and side != _SIDE[key]:
+        return None
+    if key != "imagenet256-latent":
+        foreign = set(_OWN_SOURCE.values()) - {_OWN_SOURCE[key]} | {"lsun", "ffhq", "afhq"}
+        if source in foreign | {"latents"} or dataset.get("color") not in (None, "rgb", "keep"):
+            return None
+    return key
 
 
 def beside(
@@ -208,13 +225,16 @@ def beside(
 ) -> list[dict[str, Any]]:
     """Published numbers that may stand beside ``metric`` of a run, with every known difference.
 
-    Comparable means: the same dataset, the Inception FID, as many generated images, and the same
-    family of backbone, conditioning and target. Each row has ``number`` (:class:`Number`),
+    Comparable means: the same dataset, measured against all of its training images, the Inception
+    FID, as many generated images, and the same family of backbone, conditioning and target. Where
+    the images did not come from the dataset's own files, a difference says so. Each row has ``number`` (:class:`Number`),
     ``protocol`` (:class:`Protocol` or None) and ``differences`` (texts "what: theirs; ours").
     """
-    found = re.fullmatch(r"fid_(\d+)", metric)
+    found = re.fullmatch(r"fid_(\d+)(_[0-9a-f]{8})?", metric)
     key = dataset_key(dataset)
     if not found or key is None:
+        return []
+    if key in _IMAGES and str(identity.get("reference_images")) != str(_IMAGES[key]):
         return []
     images = int(found.group(1))
     family = spec["backbone"]["family"]
@@ -242,10 +262,31 @@ def beside(
             {
                 "number": number,
                 "protocol": protocol,
-                "differences": _differences(protocol, spec, identity),
+                "differences": [
+                    *_origin(key, dataset, identity),
+                    *_guidance(number, identity),
+                    *_differences(protocol, spec, identity),
+                ],
             }
         )
     return answer
+
+
+def _origin(key: str, dataset: dict[str, Any], identity: dict[str, Any]) -> list[str]:
+    """Where our images came from, if not from the dataset's own files."""
+    source, name = dataset.get("source"), dataset.get("name")
+    answer = []
+    if source != _OWN_SOURCE.get(key):
+        answer.append(f"images: theirs the data set's own files; ours a {source} named {name}")
+    if identity.get("reference") != name and key in _IMAGES:
+        answer.append(f"reference: theirs the data set itself; ours {identity.get('reference')}")
+    return answer
+
+
+def _guidance(number: Number, identity: dict[str, Any]) -> list[str]:
+    ours = identity.get("guidance")
+    theirs = number.setting or "none stated"
+    return [f"guidance: theirs {theirs}; ours {ours}"] if ours else []
 
 
 def _differences(

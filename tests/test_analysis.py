@@ -526,6 +526,10 @@ def test_published_numbers_have_sources_and_none_is_from_memory():
     assert stf.number == 1.9
 
 
+CIFAR10 = synthetic.identity() | {"reference": "cifar10", "reference_images": 50_000}
+FOLDER = {"name": "cifar10", "source": "folder", "resolution": 32}
+
+
 @pytest.mark.parametrize(
     ("dataset", "metric", "expected"),
     [
@@ -535,11 +539,25 @@ def test_published_numbers_have_sources_and_none_is_from_memory():
         ({"name": "cifar10-jpeg", "source": "zip", "resolution": 32}, "fid_50000", set()),
         ({"name": "cifar10", "source": "cifar10", "note": "JPEG copy"}, "fid_50000", set()),
         ({"name": "digits", "source": "digits"}, "fid_50000", set()),
+        # A name is not enough.
+        ({"name": "cifar10", "source": "folder", "resolution": 32}, "fid_50000", {"3.11"}),
+        ({**FOLDER, "max_images": 1000}, "fid_50000", set()),
+        ({**FOLDER, "split": "test"}, "fid_50000", set()),
+        ({**FOLDER, "resolution": 64}, "fid_50000", set()),
+        ({**FOLDER, "resolution": None}, "fid_50000", set()),
+        ({**FOLDER, "path": "/data/cifar10_jpg"}, "fid_50000", set()),
+        ({**FOLDER, "note": "a lossy copy"}, "fid_50000", set()),
+        ({**FOLDER, "color": "grey"}, "fid_50000", set()),
+        ({**FOLDER, "source": "lsun"}, "fid_50000", set()),
+        ({**FOLDER, "name": "cifar100"}, "fid_50000", set()),
+        ({"name": "celeba64", "source": "cifar10", "resolution": 64}, "fid_50000", set()),
     ],
 )
 def test_only_comparable_numbers_stand_beside_ours(dataset, metric, expected):
     spec = synthetic.spec("uvit", "none", "dsm", 0, 1000)
-    found = published.beside(dataset, spec, metric, synthetic.identity())
+    found = published.beside(dataset, spec, metric, CIFAR10)
+    foreign = "images: theirs the data set's own files; ours a folder named cifar10"
+    assert all((foreign in row["differences"]) == (dataset["source"] == "folder") for row in found)
     assert {row["number"].value for row in found} == expected
     for row in found:
         differences = "\n".join(row["differences"])
@@ -551,8 +569,19 @@ def test_stable_targets_stand_beside_stf_and_plain_ones_beside_edm():
     dataset = {"name": "cifar10", "source": "cifar10"}
     for target, value in (("stf", "1.9"), ("dsm", "1.97")):
         spec = synthetic.spec("ddpmpp", "none", target, 0, 1000)
-        found = published.beside(dataset, spec, "fid_50000", synthetic.identity())
+        found = published.beside(dataset, spec, "fid_50000", CIFAR10)
         assert {row["number"].value for row in found} == {value}
+
+
+def test_another_reference_or_guidance_is_another_measurement():
+    dataset = {"name": "cifar10", "source": "cifar10"}
+    spec = synthetic.spec("uvit", "none", "dsm", 0, 1000)
+    few = {**CIFAR10, "reference_images": 1000}
+    assert published.beside(dataset, spec, "fid_50000", few) == []
+    (row,) = published.beside(dataset, spec, "fid_50000", {**CIFAR10, "guidance": "3.0"})
+    assert any(text.startswith("guidance: ") for text in row["differences"])
+    # Where a study measured in several ways, the name of the metric says so.
+    assert published.beside(dataset, spec, "fid_50000_ab12cd34", CIFAR10)
 
 
 # --- notebooks and captions ----------------------------------------------------------------------

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from study import published
 from study.analysis import style
 from study.analysis.figures import describe_identity, leading_metric
-from study.analysis.stability import ALL, MEASURES, Measure, overall
+from study.analysis.stability import ALL, BLIND, MEASURES, Measure, overall
 from study.analysis.statistics import LEVEL, Verdict, holm, least_pairs, paired
 from study.analysis.tables import Tables
 
@@ -120,8 +120,12 @@ def _range(values: Iterable[Any]) -> str:
 
 
 def metric_values(tables: Tables, metric: str | None = None) -> pd.Series:
-    """Value of a metric (the leading one by default) by run; runs without one are absent."""
-    rows = tables.metrics[tables.metrics["metric"] == (leading_metric(tables, metric) or "")]
+    """Value of a metric (the leading one by default) by run; runs without one are absent.
+
+    However a run was measured: :func:`pairs` holds runs of unlike precision apart.
+    """
+    ways = tables.ways(leading_metric(tables, metric))
+    rows = tables.metrics[tables.metrics["metric"].isin(ways)]
     return rows.set_index("run")["value"].dropna()
 
 
@@ -147,7 +151,7 @@ def pairs(
     ``difference`` (first minus second) and ``log_ratio`` (of first to second).
     """
     shared = [name for name in ("line", "skip_scaling", "target", "formulation") if name != column]
-    shared += _SEEDS
+    shared += ["precision", *_SEEDS]
     runs = tables.runs.assign(value=tables.runs["run"].map(values)).dropna(subset=["value"])
     sides = [
         runs.loc[runs[column] == side, [*shared, "value"]].rename(columns={"value": side})
@@ -553,6 +557,10 @@ def _target_sentences(tables: Tables, mean: pd.DataFrame) -> list[str]:
     if rows.empty:
         return []
     intro = "STF against DSM at the same backbone and scaling"
+    judged = rows[rows["arm"].isin(unconditional(tables).runs["arm"])]
+    if judged.empty:
+        return [f"{intro}: {BLIND}."]
+    rows = judged
     average = _overall_sentence(mean[mean["against"] == "dsm"])
     average = [f"STF against DSM: {text[0].lower()}{text[1:]}" for text in average]
     tested = rows[rows["p_holm"].notna()]
@@ -878,6 +886,11 @@ def factor_table(tables: Tables, measure: str) -> Any:
 # --- what a stable target means for a network that knows the class --------------------------------
 
 
+def unconditional(tables: Tables) -> Tables:
+    """The tables of the arms that are told no class, on which targets can be compared."""
+    return tables.only(conditional="false")
+
+
 def label_bias(tables: Tables) -> str | None:
     """The sentence about stable targets and labels, where a study trains such arms."""
     runs = tables.runs
@@ -890,5 +903,5 @@ def label_bias(tables: Tables) -> str | None:
         "targets: the published stable target averages over a reference batch without regard to "
         "labels, so it aims at the mean clean image given the noisy one, not given its class as "
         "well, and is biased for a class-conditional network; a difference between STF and DSM "
-        "there mixes that bias with the lower variance."
+        "there mixes that bias with the lower variance, so that it is shown and not judged."
     )

@@ -1013,7 +1013,9 @@ def _sample_cell(axes: Any, tables: Tables, row: Any) -> None:
     word = f"diverged\nat step\n{row['step']}" if lost else word
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.add_patch(
-        Rectangle((0, 0), 1, 1, hatch="/////" if lost or broken else "", fc="#f1f1f1", ec="#b9b9b9", lw=0)
+        Rectangle(
+            (0, 0), 1, 1, hatch="/////" if lost or broken else "", fc="#f1f1f1", ec="#b9b9b9", lw=0
+        )
     )
     axes.text(
         0.5,

@@ -426,7 +426,11 @@ class _Page:
                     }
                 )
             leading = own.loc[row["arm"]]
-            counts = {"diverged": "n_diverged", "missing": "n_missing", NOT_MEASURED: "n_not_measured"}
+            counts = {
+                "diverged": "n_diverged",
+                "missing": "n_missing",
+                NOT_MEASURED: "n_not_measured",
+            }
             apart = [f"{leading[n]} {state}" for state, n in counts.items() if leading[n]]
             answer.append(
                 {**row, "n": int(leading["n"]), "apart": ", ".join(apart), "cells": cells}
@@ -672,11 +676,14 @@ class _Page:
         if rows:
             return {"rows": rows, "reason": ""}
         if published.dataset_key(dataset) is None:
-            reason = f"Data set {name} as converted here is none that the papers measured on."
+            reason = (
+                f"Data set {name} as converted here is none that the papers measured on: its name "
+                "is not enough, the source, the split, the side and the number of images count."
+            )
         else:
             reason = (
-                "The papers state no number for these backbones, targets and numbers of images on "
-                f"{name}."
+                "The papers state no number for these backbones, targets, numbers of images and "
+                f"references on {name}."
             )
         return {"rows": [], "reason": reason}
 

@@ -122,6 +122,11 @@ _CURVES = {
     "oscillation_grad_norm": ("grad_norm", "", "oscillation"),
 }
 _GAINS = {"robustness_gain": "noise", "network_gain": "network"}
+BLIND = (
+    "no verdict: these arms are told the class, and the published stable target, which averages "
+    "over all classes, is biased for them"
+)
+"""Why a stable-target arm that is class-conditional is not judged against a DSM arm."""
 _DIVERGED = "training diverged"
 _EVERY_RATE = "trained up to the largest rate tried: the limit may be higher"
 _NO_RATE = "trained at no rate tried"
@@ -297,6 +302,8 @@ def stability_rows(
         level = {**rows[0], "note": "", "verdict": "", **_level(rows, measure)}
         for against, theirs in others.items():
             result = _compare(rows, theirs, seeds, measure)
+            if blind(specs[rows[0]["arm"]], specs[theirs[0]["arm"]]):
+                result |= unjudged(result["note"])
             baseline = theirs[0]["arm"]
             answer.append({**level, "against": against, "baseline": baseline, **result})
         if not others:
@@ -312,13 +319,16 @@ def pair_rows(
     """Rows of ``stability_pairs.csv``: every pair of runs behind the t-tests of ``stability.csv``.
 
     ``factor`` is the run's value over that of ``baseline_run``. A pair that cannot be compared has
-    none, and a note that says why: it counts as lost, not as absent.
+    none, and a note that says why: it counts as lost, not as absent. Arms that are not judged
+    (:func:`blind`) have no pairs.
     """
     answer = []
     for measure, rows, others, _ in _contests(measures, specs):
         if measure.test != "t":
             continue
         for against, theirs in others.items():
+            if blind(specs[rows[0]["arm"]], specs[theirs[0]["arm"]]):
+                continue
             for one, other, why in _pairs(rows, theirs, seeds):
                 answer.append(
                     {
@@ -416,6 +426,22 @@ def _contests(
             if twin not in (None, arm) and (against == "none" or measure.across_targets)
         }
         yield measure, by_arm[name, arm], others, own["none"] is not None
+
+
+def blind(spec: Row, other: Row) -> bool:
+    """Whether two arms differ in the target and are class-conditional: see :data:`BLIND`."""
+    unlike = spec["target"].get("kind") != other["target"].get("kind")
+    return unlike and any(one["training"].get("conditional") for one in (spec, other))
+
+
+def unjudged(note: str) -> dict[str, Any]:
+    """What takes the place of a test that would say something else than it seems to."""
+    return {
+        "test": "",
+        "p_value": math.nan,
+        "detectable_factor": math.nan,
+        "note": "; ".join(filter(None, [BLIND, note])),
+    }
 
 
 def _rest(spec: Row, part: str) -> str:

@@ -35,7 +35,8 @@ def _names(text: str) -> list[str]:
 
 COLUMNS = {
     "runs": _names("""
-        run display {arm} family method target_kind conditional seed data_seed init_seed noise_seed
+        run display {arm} family method target_kind conditional precision
+        seed data_seed init_seed noise_seed
         dataset dataset_note status step steps reason last_finite_step last_finite_loss
         last_finite_grad_norm final_loss parameters skips skip_factors images_seen generation
         evaluation images sampling_seed sampler nfe git_commit git_changed device torch_version
@@ -524,6 +525,7 @@ def _run_row(one: _Found, label: dict[str, str], note: str) -> dict[str, Any]:
         "init_seed": one.seeds.get("init"),
         "noise_seed": one.seeds.get("noise"),
         "conditional": str(bool((one.spec.get("training") or {}).get("conditional"))).lower(),
+        "precision": (one.spec.get("training") or {}).get("precision", ""),
         "dataset": (one.spec.get("dataset") or {}).get("name", ""),
         "dataset_note": note,
         "status": one.status,
@@ -737,6 +739,7 @@ def _comparison_rows(
     """Every arm against the unscaled DSM arm that equals it in all else, paired by seeds.
 
     Holm's correction spans the tests that share a metric and a baseline: one backbone's question.
+    Class-conditional arms of unlike targets have a difference and no test.
     """
     baselines = {
         _without(spec, "seeds", "skip_scaling", "target"): arm
@@ -767,6 +770,8 @@ def _comparison_rows(
         # A measured pair is not called absent.
         notes = [result.note] if result.note and why.total() == lost else []
         notes += [f"{n} pair{'s' if n > 1 else ''} left out: {state}" for state, n in why.items()]
+        blind = stability.blind(specs[arm], specs[baseline])
+        notes = [stability.BLIND, *notes] if blind else notes
         answer.append(
             {
                 **{key: labels_of[key] for labels_of in [next(iter(rows.values()))] for key in ARM},
@@ -779,8 +784,8 @@ def _comparison_rows(
                 "mean_difference": result.mean,
                 "ci_low": result.low,
                 "ci_high": result.high,
-                "p_value": result.p,
-                "detectable_difference": result.detectable,
+                "p_value": math.nan if blind else result.p,
+                "detectable_difference": math.nan if blind else result.detectable,
                 "note": "; ".join(notes),
             }
         )
