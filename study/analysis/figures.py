@@ -1044,9 +1044,7 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
     ]
     done = tables.cost[tables.cost["status"] == "done"]
     means = done.groupby("arm")[[column for column, _ in panels]].mean().reset_index()
-    arms = summary.merge(means, on="arm").merge(
-        tables.runs[["arm", "family"]].drop_duplicates("arm"), on="arm"
-    )
+    arms = summary.merge(means, on="arm")
     arms = arms[arms["mean"].notna()]
     if arms.empty:
         return text_figure(
@@ -1068,7 +1066,8 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
         ),
     )
     colours = style.scaling_colours(tables.runs["skip_scaling"])
-    marks = style.markers(tables.runs["family"])
+    families = tables.runs.drop_duplicates("line").set_index("line")["family"].to_dict()
+    marks = style.markers(families, families)
     axes_list = _panels(fig, len(panels), len(panels), sharey=True)
     for axes, (column, label) in zip(axes_list, panels, strict=True):
         known = arms[arms[column].notna()]
@@ -1080,7 +1079,7 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
             axes.plot(
                 [x],
                 [row.mean],
-                marker=marks[row.family],
+                marker=marks[row.line],
                 ms=4.5,
                 color=colour,
                 mew=0.9,
@@ -1100,19 +1099,16 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
         Patch(color=colour, label=style.scaling_label(scaling))
         for scaling, colour in colours.items()
     ]
-    for family in sorted(
-        set(arms["family"]),
-        key=lambda f: list(style.BACKBONES).index(f) if f in style.BACKBONES else 99,
-    ):
+    for line in style.order_lines(arms["line"]):
         handles.append(
             Line2D(
                 [],
                 [],
-                marker=marks[family],
+                marker=marks[line],
                 ls="",
                 color="#555",
                 ms=4.5,
-                label=style.BACKBONES.get(family, family),
+                label=style.line_label(line),
             )
         )
     if (arms["target"] != "dsm").any():
@@ -1127,10 +1123,11 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
                 label="hollow: STF",
             )
         )
+    widest = max(len(handle.get_label()) for handle in handles)
     fig.legend(
         handles=handles,
         loc="outside upper center",
-        ncols=math.ceil(len(handles) / 2),
+        ncols=max(1, min(math.ceil(len(handles) / 2), 120 // (widest + 6))),
         handlelength=1.2,
         columnspacing=1.2,
     )

@@ -250,8 +250,8 @@ def scaling_law_backbones(tables: Tables) -> Figure:
     scalings = style.order_scalings(frame["skip_scaling"])
     base = "none" if "none" in scalings else scalings[0]
     colours = style.scaling_colours(scalings)
-    families = frame.groupby("network")["family"].first()
-    markers = style.markers(families)
+    families = frame.groupby("network")["family"].first().to_dict()
+    markers = style.markers(families, families)
     lines = style.order_lines(frame["network"])
     draws = int(frame["seed"].nunique())
     fig, cells, first = _line_grid(list(QUANTITIES), lines, 0.75, 1.25)
@@ -277,7 +277,7 @@ def scaling_law_backbones(tables: Tables) -> Figure:
             axes.set_title("\n".join(textwrap.wrap(name, 21)), fontsize=7)
         if ratios.empty:
             continue
-        _points(axes, ratios, "mean", colours, markers[families[line]])
+        _points(axes, ratios, "mean", colours, markers[line])
         top = float(ratios.loc[ratios["skip_scaling"] == base, "sum_squares"].iloc[0])
         squares = np.linspace(ratios["sum_squares"].min(), ratios["sum_squares"].max(), 50)
         power = 0.5 if quantity == "sensitivity" else 1.0

@@ -108,8 +108,12 @@ class _Page:
         self.config = manifest.get("config") or {}
         self.answer = stability_answer(tables)
         given = {arm.get("name") for arm in self.config.get("arms") or ()}
-        own = self.runs.drop_duplicates("arm").set_index("arm")["display"]
-        self.named = own[own.isin(given - {None})].to_dict()
+        arms = self.runs.set_index("run")["arm"]
+        self.named = {
+            arms[entry["run"]]: entry["display"]
+            for entry in manifest["runs"]
+            if entry.get("display") in given - {None}
+        }
         self.skipless = set(self.runs.loc[self.runs["skips"] == 0, "arm"])
 
     def context(self) -> dict[str, Any]:
@@ -743,7 +747,7 @@ class _Page:
         return [
             {
                 "run": entry["run"],
-                "display": entry.get("display", ""),
+                "display": rows.loc[entry["run"], "display"],
                 "status": rows.loc[entry["run"], "status"],
                 "skips": ""
                 if pd.isna(rows.loc[entry["run"], "skips"])

@@ -5,7 +5,7 @@ Colours are Okabe and Ito's, which colour-blind readers tell apart and which pri
 
 import re
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import matplotlib
@@ -210,10 +210,12 @@ def scaling_colours(scalings: Iterable[str]) -> dict[str, str]:
     return answer
 
 
-def markers(families: Iterable[str]) -> dict[str, str]:
-    """A marker per backbone; unknown backbones take the spare ones in order."""
-    spare = iter(SPARE_MARKERS * 4)
-    return {name: MARKERS.get(name) or next(spare) for name in sorted(set(families))}
+def markers(lines: Iterable[str], families: Mapping[str, str]) -> dict[str, str]:
+    """A marker per line: the first of a backbone has that of its family, others the spare ones."""
+    free, spare, answer = dict(MARKERS), iter(SPARE_MARKERS * 9), {}
+    for line in order_lines(lines):
+        answer[line] = free.pop(families[line], None) or next(spare)
+    return answer
 
 
 def figure(width: float = WIDTH, height: float = 3.0) -> Figure:

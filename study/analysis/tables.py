@@ -462,7 +462,8 @@ def _labels(found: list[_Found]) -> dict[str, dict[str, str]]:
 
     ``arm`` names everything but the seeds. Where the axes do not tell two arms apart, ``variant``
     holds the settings in which they differ. ``line`` is the row of an arm in a picture: its
-    backbone, and its formulation and variant where the backbone has several.
+    backbone, and its formulation and variant where the backbone has several. ``display`` is the
+    arm's name for people, with the same settings behind it where other arms share that name.
     """
     formulations = defaultdict(set)
     by_axes = defaultdict(dict)
@@ -496,6 +497,16 @@ def _labels(found: list[_Found]) -> dict[str, dict[str, str]]:
             "method": str((one.spec.get("skip_scaling") or {}).get("method", "")),
             "target_kind": str((one.spec.get("target") or {}).get("kind", "")),
         }
+    named: dict[str, dict[str, str]] = defaultdict(dict)
+    for one in found:
+        label = labels[one.run]
+        words = [label["formulation"]] * several + [label["variant"]]
+        named[one.display][label["arm"]] = ", ".join(filter(None, words))
+    for one in found:
+        label, twins = labels[one.run], named[one.display]
+        own = twins[label["arm"]]
+        own = own if len(set(twins.values())) == len(twins) and own else label["arm"]
+        label["display"] = f"{one.display} ({own})" if len(twins) > 1 else one.display
     return labels
 
 
@@ -519,7 +530,6 @@ def _run_row(one: _Found, label: dict[str, str], note: str) -> dict[str, Any]:
     return {
         **label,
         "run": one.run,
-        "display": one.display,
         "seed": one.axis("seed"),
         "data_seed": one.seeds.get("data"),
         "init_seed": one.seeds.get("init"),
