@@ -227,8 +227,9 @@ def beside(
 
     Comparable means: the same dataset, measured against all of its training images, the Inception
     FID, as many generated images, and the same family of backbone, conditioning and target. Where
-    the images did not come from the dataset's own files, a difference says so. Each row has ``number`` (:class:`Number`),
-    ``protocol`` (:class:`Protocol` or None) and ``differences`` (texts "what: theirs; ours").
+    the images did not come from the dataset's own files, a difference says so. Each row has
+    ``number`` (:class:`Number`), ``protocol`` (:class:`Protocol` or None) and ``differences``
+    (texts "what: theirs; ours").
     """
     found = re.fullmatch(r"fid_(\d+)(_[0-9a-f]{8})?", metric)
     key = dataset_key(dataset)
