@@ -50,7 +50,7 @@ def _json(text: str, option: str) -> dict[str, Any]:
         path = Path(text)
         if not path.is_file():
             raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -27,7 +27,9 @@ HELD = "LONGSKIP_GPUS_HELD_BY"
 def _uuids() -> tuple[str, ...]:
     """UUIDs of this machine's NVIDIA devices in the driver's order; empty without a driver."""
     try:
-        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, encoding="utf-8"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ()
     if listing.returncode:

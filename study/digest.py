@@ -241,7 +241,7 @@ def probe(kind: str, specs: Iterable[Mapping[str, Any]]) -> str:
 @cache
 def notebook(path: str) -> str:
     """Digest of the code that a notebook calls; its cells are a file that the workflow watches."""
-    cells = json.loads(Path(path).read_text())["cells"]
+    cells = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
     code = ("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     lines = "\n".join(code).splitlines()
     tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))

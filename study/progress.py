@@ -316,7 +316,7 @@ def explain_failure(results: str | Path, stop_file: str | Path, logs: Iterable[s
 
 def _last_lines(path: str | Path, count: int = 3) -> list[str]:
     try:
-        text = Path(path).read_text(errors="replace")
+        text = Path(path).read_text(errors="replace", encoding="utf-8")
     except OSError:
         return []
     return [line[-300:] for line in text.splitlines() if line.strip()][-count:]

@@ -43,6 +43,7 @@ def git_state() -> dict[str, Any]:
             text=True,
             timeout=10,
             check=True,
+            encoding="utf-8",
         ).stdout.strip()
 
     try:
@@ -55,7 +56,7 @@ def git_state() -> dict[str, Any]:
 @cache
 def _processor() -> str:
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -71,7 +71,7 @@ class Project:
         before, times = file.read_bytes(), file.stat()
         changed = change(before.decode())
         assert changed.encode() != before, f"the edit of {path} changed nothing"
-        file.write_text(changed)
+        file.write_text(changed, encoding="utf-8")
         later = time.time() + 5  # as if edited after the study had finished, on any clock
         os.utime(file, (later, later))
         try:
@@ -106,5 +106,5 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Project:
     project = Project(copy_project(tmp_path_factory.mktemp("finished") / "a project"))
     done = project.snakemake("--cores", "2", "--quiet", "rules")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-    (project.folder / "said").write_text(done.stderr)
+    (project.folder / "said").write_text(done.stderr, encoding="utf-8")
     return project

@@ -134,7 +134,7 @@ def build(
     results = root / "results" / study
     results.mkdir(parents=True, exist_ok=True)
     path = results / "study.json"
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
     for entry in content["runs"]:
         axes = entry["axes"]
         key = (axes["backbone"], axes["skip_scaling"], axes["target"], int(axes["seed"]))
@@ -186,7 +186,7 @@ def write_run(folder: Path, entry: dict[str, Any], logged: int, images: int, div
         "final_loss": None if diverged else float(finite[-1]),
         "provenance": PROVENANCE,
     }
-    (folder / "train" / "status.json").write_text(json.dumps(status))
+    (folder / "train" / "status.json").write_text(json.dumps(status), encoding="utf-8")
     count = 0 if diverged else images
     np.savez(
         folder / "generate" / "samples.npz",
@@ -207,7 +207,7 @@ def write_run(folder: Path, entry: dict[str, Any], logged: int, images: int, div
         "peak_memory_mib": 300.0,
         "provenance": PROVENANCE,
     }
-    (folder / "generate" / "generate.json").write_text(json.dumps(generate))
+    (folder / "generate" / "generate.json").write_text(json.dumps(generate), encoding="utf-8")
     fidelity = {
         "status": "skipped" if diverged else "done",
         "reason": generate["reason"],
@@ -226,7 +226,7 @@ def write_run(folder: Path, entry: dict[str, Any], logged: int, images: int, div
             name = f"{base}_digits_1797"
             fidelity["metrics"][name] = value
             fidelity["identity"][name] = {**identity(), "settings": {"metric": base}}
-    (folder / "evaluate" / "fidelity.json").write_text(json.dumps(fidelity))
+    (folder / "evaluate" / "fidelity.json").write_text(json.dumps(fidelity), encoding="utf-8")
 
 
 def identity() -> dict[str, Any]:

@@ -168,7 +168,7 @@ def _cpu_counter(
     packages = sorted(folder.glob(pattern))
 
     def read() -> float:
-        return sum(int((one / "energy_uj").read_text()) for one in packages) / 1e6
+        return sum(int((one / "energy_uj").read_text(encoding="utf-8")) for one in packages) / 1e6
 
     try:
         return read if packages and read() > 0 else None
