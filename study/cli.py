@@ -4,7 +4,9 @@ Each verb imports its room when it is called; from these imports ``study.digest`
 a stage depends on.
 """
 
+import io
 import json
+import locale
 import os
 import sys
 from contextlib import nullcontext
@@ -484,8 +486,30 @@ def schema(
         write_text(write, text)
 
 
+def _speak_utf8() -> None:
+    """Start anew in Python's UTF-8 mode where the locale has another encoding.
+
+    Else the locale would decide what the names in an archive are, which files can be named at all,
+    and whether a sign in an arm's name ends the job. Only a terminal is spoken to in its own
+    encoding, with escapes for what that lacks; files and pipes are UTF-8.
+    """
+    if sys.getfilesystemencoding().lower() != "utf-8" and Path("/proc/self/cmdline").exists():
+        # The arguments as they came: this process may have decoded them with a loss.
+        python, *rest = Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1]
+        os.environ["PYTHONUTF8"] = "1"  # for the processes that this one will start
+        sys.stdout.flush()
+        os.execv(sys.executable, [python, b"-X", b"utf8", *rest])
+    own = locale.getencoding()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            foreign = stream.isatty() and own.lower() not in ("utf-8", "ansi_x3.4-1968", "us-ascii")
+            foreign = foreign and not os.environ.get("PYTHONIOENCODING")
+            stream.reconfigure(encoding=own if foreign else None, errors="backslashreplace")
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
+    _speak_utf8()
     try:
         app(standalone_mode=False)
     except UserError as error:

@@ -36,6 +36,25 @@ for name in STUDY.notebooks:
         here = ", ".join(sorted(path.stem for path in Path("notebooks").glob("*.ipynb")))
         stop_with(f"notebooks: there is no notebooks/{name}.ipynb; allowed: {here}")
 
+# Jobs are started with names of files in the locale's encoding; on disk these are UTF-8, mostly.
+if sys.getfilesystemencoding() != "utf-8":
+    decoder, measured = STUDY.generation.decoder, STUDY.evaluation.reference
+    for path in filter(
+        None,
+        [
+            STUDY.dataset.path,
+            STUDY.evaluation.weights,
+            measured and measured.path,
+            decoder and decoder.weights,
+            *(run.checkpoint for run in RUNS.values()),
+        ],
+    ):
+        if not path.isascii():
+            stop_with(
+                f"{path}: cannot be named safely in this locale ({sys.getfilesystemencoding()}); "
+                "set PYTHONUTF8=1 in the environment and start again"
+            )
+
 # --- paths ---------------------------------------------------------------------------------------
 
 RESULTS = f"results/{STUDY.study}"
