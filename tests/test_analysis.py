@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import astuple
 from pathlib import Path
 
 import jinja2
@@ -15,13 +16,15 @@ import pandas as pd
 import pytest
 import synthetic
 from matplotlib.text import Text
+from miniature import base
 from scipy import stats
 
-from study import published
-from study.analysis import claims, figures, statistics, style
+from study import arms, published
+from study.analysis import claims, evidence, figures, statistics, style
 from study.analysis.notebook import run_notebook
 from study.analysis.report import SECTIONS, report
-from study.analysis.tables import TABLES, Tables, aggregate
+from study.analysis.tables import TABLES, MetricName, Tables, aggregate
+from study.config import load
 from study.files import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -348,6 +351,146 @@ def test_pairs_differ_in_one_column_alone(tables):
     key = ("uvit", "ls", "stf", row["data_seed"])
     assert row["stf"] == values[runs[key]]
     assert row["difference"] == pytest.approx(row["stf"] - row["dsm"])
+
+
+# --- several ways of measuring -------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two_ways(tmp_path_factory) -> Path:
+    """Two backbones, of which one was measured in half precision; returns the study.json."""
+    made = small(tmp_path_factory.mktemp("ways"), backbones=("uvit", "ncsnpp"), seeds=(0, 1, 2))
+    for path in made.parent.glob("runs/ncsnpp-*/evaluate/fidelity.json"):
+        content = json.loads(path.read_text())
+        for identity in content["identity"].values():
+            identity["precision"] = "bf16"
+        path.write_text(json.dumps(content))
+    gather(made)
+    figures.draw_all(
+        made.parent / "tables", made.parent, made.parent / "figures", ["quality_heatmap"], ["svg"]
+    )
+    return made
+
+
+def test_a_backbone_that_was_measured_otherwise_is_not_missing(two_ways):
+    tables = Tables.read(two_ways.parent / "tables", two_ways.parent)
+    first, second = [name for name in tables.metric_names() if name.startswith("fd_")]
+    assert tables.ways(first) == [first, second]
+    rows = tables.metrics[tables.metrics["metric"] == first].merge(
+        tables.runs[["run", "family"]], on="run"
+    )
+    states = rows.groupby("family")["status"].agg(set).to_dict()
+    other = {"uvit", "ncsnpp"} - {name for name, found in states.items() if found == {"done"}}
+    assert len(other) == 1
+    assert states[other.pop()] == {"measured otherwise"}
+    note = rows.loc[rows["status"] == "measured otherwise", "note"].unique()
+    assert len(note) == 1
+    assert re.fullmatch(rf"measured as {second}: precision \S+ instead of \S+", note[0])
+    assert not (tables.metrics["status"] == "missing").any()
+    assert tables.summary["n_missing"].sum() == 0
+    checks = tables.qc[tables.qc["check"] == "several ways of measuring"]
+    assert len(checks) == 2 * 5 and set(checks["severity"]) == {"note"}
+    # Each is compared with its own unscaled arm, whichever column that is in.
+    own = tables.by_arm(tables.comparisons, first, "n_pairs")
+    assert (own["n_pairs"] == 3).all() and set(own["line"]) == {"uvit", "ncsnpp"}
+    away = tables.comparisons[tables.comparisons["n_pairs"] == 0]
+    assert set(away["note"]) == {"3 pairs left out: measured otherwise"}
+    values = claims.metric_values(tables)
+    assert len(values) == len(tables.runs)
+    assert len(claims.pairs(tables, values, "skip_scaling", "cs(0.7)", "none")) == 12
+    assert claims.pairs(tables, values, "line", "uvit", "ncsnpp").empty
+
+
+def test_every_backbone_has_its_best_arm_however_it_was_measured(two_ways, tmp_path):
+    html = report(two_ways, two_ways.parent, tmp_path).read_text()
+    table = re.search(r"Best arm of each backbone.*?</table>", html, re.DOTALL)[0]
+    assert "U-ViT" in table and "NCSN++" in table
+    assert re.search(r"measured otherwise: FD \(digits\), 1797 images, identity [0-9a-f]{8}", table)
+    assert re.search(r"(\d+) of \1 arms could be tested", html)
+    tables = Tables.read(two_ways.parent / "tables", two_ways.parent)
+    assert "measured\notherwise" in texts(figures.quality_heatmap(tables))
+    small_print = texts(figures.quality_heatmap(tables)).replace("\n", " ")
+    assert re.search(r"\d+ measured otherwise, not shown", small_print)
+    assert "precision bf16" in html  # the ways are told apart where they are described
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "label"),
+    [
+        ("fd_digits_1797", ("fd", "digits", 1797, ""), "FD (digits), 1797 images"),
+        ("fid_50000", ("fid", "", 50000, ""), "FID, 50000 images"),
+        ("fid_50000_ab12cd34", ("fid", "", 50000, "ab12cd34"), None),
+        ("kid_digits_1797_12345678", ("kid", "digits", 1797, "12345678"), None),
+    ],
+)
+def test_parts_of_a_metrics_name(name, parts, label):
+    assert astuple(MetricName.parse(name)) == parts
+    shown = style.metric_label(name)
+    assert shown == label if label else shown.endswith(f" images, identity {parts[3]}")
+
+
+# --- what is not judged --------------------------------------------------------------------------
+
+
+def test_stable_targets_are_not_judged_on_arms_that_know_the_class(tmp_path):
+    made = small(tmp_path, backbones=("uvit", "ddpmpp"), seeds=(0, 1, 2, 3))
+    content = json.loads(made.read_text())
+    for entry in content["runs"]:
+        entry["spec"]["training"]["conditional"] = True
+        path = made.parent / "runs" / entry["run"] / "train" / "status.json"
+        if path.is_file():
+            status = json.loads(path.read_text())
+            path.write_text(json.dumps(status | {"spec": entry["spec"]}))
+    made.write_text(json.dumps(content))
+    tables = gather(made)
+    rows = tables.comparisons
+    stf = rows["target"] == "stf"
+    assert set(rows.loc[stf, "verdict"]) == {"no test"}
+    assert rows.loc[stf, "p_value"].isna().all()
+    assert rows.loc[stf, "mean_difference"].notna().all()  # shown, not judged
+    assert rows.loc[stf, "note"].str.startswith("no verdict: these arms are told the class").all()
+    assert rows.loc[~stf, "p_value"].notna().any()
+    against = tables.stability[tables.stability["against"] == "dsm"]
+    assert len(against) and set(against["verdict"]) == {"no test"}
+    assert not (tables.stability_pairs["against"] == "dsm").any()
+    said = " ".join(claims.stability_answer(tables).summary)
+    assert "STF against DSM at the same backbone and scaling: no verdict" in said
+    ((_, found),) = evidence.stable_quality(tables)
+    assert found.word == "not testable at this budget"
+    assert "told the class" in found.reason
+
+
+def test_arms_that_share_a_name_are_told_apart(tmp_path):
+    study = load(
+        base()
+        | {
+            "grid": {
+                "backbone": ["uvit", "twin"],
+                "skip_scaling": ["none", "cs(0.7)"],
+                "target": ["dsm", "stf(64)", "stf(128)"],
+                "formulation": ["edm", {"kind": "edm", "P_mean": -0.8}, "vp"],
+                "training": [{"lr": 1e-3}, {"lr": 2e-3}],
+            },
+            "backbones": {"uvit": {"preset": "tiny"}, "twin": {"family": "uvit"}},
+        }
+    )
+    content = arms.manifest(study, arms.runs(study))
+    for entry in content["runs"]:
+        entry["display"] = "a name"
+    aggregate(content, tmp_path, tmp_path / "tables")
+    tables = Tables.read(tmp_path / "tables")
+    runs = tables.runs
+    assert runs["arm"].nunique() == len(runs) == 2 * 2 * 3 * 3 * 2
+    assert runs["display"].nunique() == len(runs)
+    words = [
+        (style.line_label(row.line), style.scaling_label(row.skip_scaling), row.target)
+        for row in runs.itertuples()
+    ]
+    assert len(set(words)) == len(words)
+    families = runs.drop_duplicates("line").set_index("line")["family"].to_dict()
+    assert set(style.markers(families, families)) == set(families)
+    some = dict(list(families.items())[:3])
+    assert len(set(style.markers(some, some).values())) == 3
 
 
 # --- figures -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from study.status import state_of
 from study.training import train
 
 SOUND, LOST, BROKEN = "none", "ls", "cs(0.7)"
-"""Skip scalings of the runs: a sound one, one that cannot draw a class, one with a broken weight."""
+"""Scalings of the runs: a sound one, one that cannot draw a class, one with a broken weight."""
 
 IMAGES, CLASS = 40, 3
 PROTOCOL = {
@@ -175,7 +175,7 @@ def test_samples_that_are_not_the_described_ones_are_refused(study, tmp_path):
     shutil.copytree(study[LOST] / "generate", tmp_path / "generate")
     shutil.copy(study[SOUND] / "generate/samples.npz", tmp_path / "generate/samples.npz")
     reference = study["data"].parent / "reference"
-    with pytest.raises(UserError, match="not the samples that .*generate.json describes"):
+    with pytest.raises(UserError, match=r"not the samples that .*generate\.json describes"):
         evaluate(tmp_path / "generate/samples.npz", reference, {}, tmp_path / "f.json")
 
 
@@ -273,8 +273,10 @@ def test_what_a_decoder_makes_of_latents_counts_as_well(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("fd", -0.5), ("fd", math.nan), ("fd", math.inf), ("kid", math.nan), ("is", 0.5)]
-    + [("precision", 1.5), ("recall", -0.1)],
+    [
+        *(("fd", -0.5), ("fd", math.nan), ("fd", math.inf), ("kid", math.nan)),
+        *(("is", 0.5), ("precision", 1.5), ("recall", -0.1)),
+    ],
 )
 def test_a_number_that_cannot_be_is_none(name, value):
     score = _possible(name, Score(value))

@@ -122,7 +122,7 @@ def _range(values: Iterable[Any]) -> str:
 def metric_values(tables: Tables, metric: str | None = None) -> pd.Series:
     """Value of a metric (the leading one by default) by run; runs without one are absent.
 
-    However a run was measured: :func:`pairs` holds runs of unlike precision apart.
+    However a run was measured: :func:`pairs` holds apart what was measured in unlike ways.
     """
     ways = tables.ways(leading_metric(tables, metric))
     rows = tables.metrics[tables.metrics["metric"].isin(ways)]
@@ -153,6 +153,11 @@ def pairs(
     shared = [name for name in ("line", "skip_scaling", "target", "formulation") if name != column]
     shared += ["precision", *_SEEDS]
     runs = tables.runs.assign(value=tables.runs["run"].map(values)).dropna(subset=["value"])
+    if column == "line":  # else both arms have one sampler and precision
+        shared.append("way")
+        rows = tables.metrics[tables.metrics["metric"].isin(tables.ways(leading_metric(tables)))]
+        ways = rows[rows["identity"] != ""].set_index("run")["identity"]
+        runs = runs.assign(way=runs["run"].map(ways).fillna(""))
     sides = [
         runs.loc[runs[column] == side, [*shared, "value"]].rename(columns={"value": side})
         for side in (first, second)
