@@ -7,6 +7,7 @@ A new figure is a function that takes :class:`~study.analysis.tables.Tables`, an
 import functools
 import json
 import math
+import re
 import textwrap
 import zipfile
 from collections.abc import Callable, Iterable
@@ -127,8 +128,11 @@ def measured(identity: dict[str, Any]) -> str:
     except json.JSONDecodeError:
         sampler = {"kind": identity["sampler"]}
     kind, steps = sampler.get("kind", "sampler"), sampler.get("steps")
-    named = ("precision", "guidance", "decoder")
-    more = "".join(f", {key} {identity[key]}" for key in named if identity.get(key))
+    more = "".join(
+        f", {key} {re.sub('[0-9a-f]{64}', lambda found: found[0][:8], str(identity[key]))}"
+        for key in ("precision", "guidance", "decoder")
+        if identity.get(key)
+    )
     return (
         f"{identity.get('images')} generated against {identity.get('reference_images')} images of "
         f"{identity.get('reference')} ({identity.get('split')}), {identity.get('extractor')} "
