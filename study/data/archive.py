@@ -194,7 +194,7 @@ class _Zip:
         self.path = path
         try:
             with Zip(path) as file:
-                entries = [pair for pair in file.entries if not pair[0].endswith("/")]
+                entries = file.by_name()
         except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
         self._index = {
@@ -205,12 +205,8 @@ class _Zip:
                 -1 if info.flag_bits & 1 else info.compress_type,  # bit 0: encrypted
                 info.CRC,
             )
-            for name, info in entries
+            for name, info in entries.items()
         }
-        if len(self._index) < len(entries):
-            raise UserError(
-                f"{path}: {len(entries) - len(self._index)} names in it are given twice"
-            )
         self.names = sorted(self._index)
         self._descriptor: int | None = None
 

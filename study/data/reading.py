@@ -105,6 +105,14 @@ class Zip(zipfile.ZipFile):
         if end > self.start_dir:
             raise ValueError("entries overlap, or lie outside the file")
 
+    def by_name(self) -> dict[str, zipfile.ZipInfo]:
+        """Files by their name. Raises ``ValueError`` where one is there twice."""
+        files = [(name, info) for name, info in self.entries if not name.endswith("/")]
+        found = dict(files)
+        if len(found) < len(files):
+            raise ValueError(f"{len(files) - len(found)} of {len(files)} names are there already")
+        return found
+
     def content(self, info: zipfile.ZipInfo, most: float = math.inf) -> bytes:
         """The bytes of an entry, where they are at most ``most``."""
         size = bounded(info.file_size, info.compress_size, most)

@@ -67,7 +67,7 @@ class _Npz:
         """Number of latents in a file, and their labels if it has them. Raises `Unusable`."""
         try:
             with self._tree.file(member) as file, Zip(file) as npz:
-                entries = dict(npz.entries)
+                entries = npz.by_name()
                 info = entries[self._key(entries, VALUES) + ".npy"]
                 with npz.open(info) as entry:
                     shape, _, dtype, start = npy_header(entry)
@@ -99,7 +99,7 @@ class _Npz:
         with self._lock:
             if self._last is None or self._last[0] != member:
                 with self._tree.file(member) as file, Zip(file) as npz:
-                    entries = dict(npz.entries)
+                    entries = npz.by_name()
                     value = read_npy(npz.content(entries[self._key(entries, VALUES) + ".npy"]))
                 self._last = (member, value if value.ndim == 4 else value[None])
             return self._last[1][row]

@@ -27,6 +27,9 @@ _UNREADABLE = (
 LONGEST, DEEPEST = 4096, 64
 """Characters and folders of a path; a file may name paths that no disk would hold."""
 
+UNPACKED, RATIO = 2**30, 128
+"""A compressed tar may unpack to so many bytes on the disk, or to so many times its own."""
+
 MEMBER = 2**20
 """Bytes that the headers of a member of a tar may have."""
 
@@ -212,11 +215,12 @@ class TarTree(Tree):
             return file
         unpacked = tempfile.TemporaryFile(prefix="longskip-")  # noqa: SIM115 (open as long as the tree)
         try:
-            most = os.fstat(file.fileno()).st_size
+            most = max(UNPACKED, RATIO * os.fstat(file.fileno()).st_size)
             with file, opener(file) as stream:
                 while block := stream.read(2**20):
-                    bounded(unpacked.tell() + len(block), most)
                     unpacked.write(block)
+                    if unpacked.tell() > most:
+                        raise ValueError(f"it unpacks to more than {most} bytes")
         except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             unpacked.close()
             raise UserError(f"{path}: not a readable tar file ({one_line(error)})") from None
