@@ -102,17 +102,25 @@ def label_of(value: Any) -> int:
     return value
 
 
-def _deep(image: Image.Image, data: bytes) -> bool:
-    """Whether channels have more than 8 bits, of which Pillow takes 8 without a word."""
-    if image.format == "AVIF":
-        at = data.find(b"av1C") + 6
-        return 6 <= at < len(data) and bool(data[at] & 0x40)
+def _said_deep(data: bytes) -> str | None:
+    """More than 8 bits per channel that the first bytes of a PNG or an AVIF speak of."""
+    if data[:8] == PNG_SIGNATURE and data[24:25] == b"\x10":
+        return "16 bits per channel"
+    at = data.find(b"av1C", 0, 2**16) + 6
+    if data[4:12] == b"ftypavif" and 6 <= at < len(data) and data[at] & 0x40:
+        return "10 or 12 bits per channel"
+    return None
+
+
+def _deep(image: Image.Image) -> str | None:
+    """More than 8 bits per channel, of which Pillow takes 8 without a word."""
+    bits = 8
     if image.format == "TIFF":
-        return max(np.atleast_1d(image.tag_v2.get(258, 1))) > 8
+        bits = max(np.atleast_1d(image.tag_v2.get(258, 1)))
     if image.format == "PPM":
         told = image.tile[0].args  # a mode, or mode and highest value
-        return ";16" in told or (not isinstance(told, str) and told[1] > 255)
-    return False
+        bits = 16 if ";16" in told or (not isinstance(told, str) and told[1] > 255) else 8
+    return f"{bits} bits per channel" if bits > 8 else None
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -120,28 +128,28 @@ def open_image(data: bytes) -> Image.Image:
 
     Raises `Unusable`.
     """
-    deep = data[:8] == PNG_SIGNATURE and data[24:25] == b"\x10"
+    deep = _said_deep(data)
     try:
         with warnings.catch_warnings():
             # A size at which Pillow suspects a decompression bomb is an error, not a warning.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             frames = getattr(image, "n_frames", 1) if image.format not in ("JPEG", "MPO") else 1
-            deep = deep or _deep(image, data)
+            deep = deep or _deep(image)
             image.load()
     except MemoryError:
         raise
     except Exception as error:  # decoders of foreign bytes raise almost anything
         if deep:
-            raise Unusable("unsupported mode", "16 bits per channel") from None
+            raise Unusable("unsupported mode", deep) from None
         detail = one_line(error)
         if isinstance(error, UnidentifiedImageError):
             detail = "not an image of a known format"
-            if data[4:8] == b"ftyp":  # what phones write, often under another name
+            if data[4:8] == b"ftyp" and data[8:12] != b"avif":  # phones' files under any name
                 detail = f"{shown(data[8:12].decode('latin-1'))}, which is not read: save as PNG"
         raise Unusable("broken image", detail) from None
     if deep:
-        raise Unusable("unsupported mode", "16 bits per channel")
+        raise Unusable("unsupported mode", deep)
     if frames > 1:
         raise Unusable("unsupported mode", f"animation of {frames} frames")
     return image
