@@ -163,17 +163,15 @@ def _listed(tree: Tree, root: str, split: str | None, members: list[str]) -> Sor
     common = os.path.commonpath([f"/{os.path.dirname(member)}" for member in members])[1:]
     for path in (m for m in tree.members if m.rpartition("/")[2] == "dataset.json"):
         folder = os.path.dirname(path)
-        if folder not in ("", *_ancestors(common)):
-            if not root or folder in _ancestors(root) or folder.startswith(f"{root}/"):
-                raise UserError(
-                    f"{tree.path}: {shown(path)} lies beside some of the images only: point the "
-                    f"path at {shown(folder)}"
-                )
+        inside = not root or folder.startswith(f"{root}/")
+        if folder not in ("", *_ancestors(common)) and not inside:
             continue  # of another split
         try:
             content = dataset_json(tree.read(path, json_size(len(members))))
             if "labels" not in content:
                 continue
+            if folder not in ("", *_ancestors(common)):
+                raise ValueError(f"beside some of the images only: point the path at {folder}")
             by_name = labels_of(content)
             if by_name is None:
                 items = [Item(member, None, member) for member in members]
@@ -353,6 +351,8 @@ def imagenet(settings: dict[str, Any], tree: Tree) -> Source:
     source = _by_class_source(settings, tree, "ImageNet", cmyk=True)
     if settings["labels"] and source.items:
         strange = [name for name in source.classes or [] if not re.fullmatch(r"n\d{8}", name)]
+        if source.labelling.endswith("dataset.json"):
+            raise UserError(f"{tree.path}: its labels are in a dataset.json: set source: archive")
         if source.classes is None or strange:
             what = f"found the folder {strange[0]!r}" if strange else "found images in one folder"
             raise UserError(
