@@ -993,6 +993,13 @@ def test_latents_keep_their_labels(tmp_path):
     numbers = {f"{k}/0.npy": npy(latent(k)) for k in range(11)}
     _, archive = run(tmp_path, "latents", fill(tmp_path / "numbers", numbers))
     assert sorted(archive.labels.tolist()) == list(range(11))
+    buffer = io.BytesIO()
+    np.savez(buffer, latents=np.stack([latent(k) for k in range(3)]), y=np.arange(3))
+    other = fill(tmp_path / "other", {"a.npz": buffer.getvalue()})
+    assert "its array y.npy looks like labels: call it labels" in failure(
+        tmp_path, "latents", other
+    )
+    assert run(tmp_path, "latents", other, labels=False)[1].labels is None
     wrapped = {f"set/{name}/0.npy": npy(latent(k)) for k, name in enumerate(("cat", "dog"))}
     assert run(tmp_path, "latents", fill(tmp_path / "w", wrapped))[1].classes == ["cat", "dog"]
     wrapped["set/1.npy"] = npy(latent(5))

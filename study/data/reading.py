@@ -92,11 +92,14 @@ class Zip(zipfile.ZipFile):
     def __init__(self, source: Path | BinaryIO) -> None:
         try:
             super().__init__(source)
+            counted = self._counted()
         except MemoryError:
             raise
         except Exception as error:  # a damaged list raises almost anything
             raise ValueError(one_line(error)) from None
         self.entries = [(_name(info), info) for info in self.infolist()]
+        if (len(self.entries) - counted) % 2**16:  # zipfile stops where the list is damaged
+            raise ValueError("the list of its entries is damaged")
         end = 0
         for info in sorted(self.infolist(), key=lambda info: info.header_offset):
             if info.header_offset < end:
@@ -104,6 +107,16 @@ class Zip(zipfile.ZipFile):
             end = info.header_offset + 30 + info.compress_size
         if end > self.start_dir:
             raise ValueError("entries overlap, or lie outside the file")
+
+    def _counted(self) -> int:
+        """The entries that the end of the file counts (before zip64: modulo 2**16)."""
+        self.fp.seek(max(0, self.fp.seek(0, io.SEEK_END) - 2**16 - 98))
+        tail = self.fp.read()
+        (count,) = struct.unpack_from("<H", tail, tail.rfind(b"PK\5\6") + 10)
+        larger = tail.rfind(b"PK\6\6")
+        if count == 2**16 - 1 and larger >= 0:
+            (count,) = struct.unpack_from("<Q", tail, larger + 32)
+        return count
 
     def by_name(self) -> dict[str, zipfile.ZipInfo]:
         """Files by their name. Raises ``ValueError`` where one is there twice."""

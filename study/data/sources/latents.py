@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from study.data.reading import Zip, bounded, npy_fits, npy_header, one_line, read_npy
+from study.data.reading import Zip, bounded, npy_fits, npy_header, one_line, read_npy, shown
 from study.data.sources import pickles
 from study.data.sources.base import Item, Problem, Source, Unusable, label_of
 from study.data.sources.tree import Tree, open_tree
@@ -58,8 +58,9 @@ def _standard(value: np.ndarray) -> np.ndarray:
 class _Npz:
     """Batches ``[N, C, H, W]`` in npz files; the last file read stays in memory."""
 
-    def __init__(self, tree: Tree) -> None:
+    def __init__(self, tree: Tree, labels: bool) -> None:
         self._tree = tree
+        self._labels = labels
         self._lock = threading.Lock()
         self._last: tuple[str, np.ndarray] | None = None
 
@@ -77,6 +78,7 @@ class _Npz:
                     raise ValueError(f"{count} latents in {info.compress_size} bytes")
                 key = next((key for key in LABELS if f"{key}.npy" in entries), None)
                 if key is None:
+                    self._look_for_labels(npz, entries, count)
                     return count, None
                 labels = np.atleast_1d(read_npy(npz.content(entries[f"{key}.npy"])))
         except _BROKEN as error:
@@ -84,6 +86,17 @@ class _Npz:
         if labels.dtype.kind not in "iu" or labels.shape != (count,):
             raise Unusable("broken file", f"labels must be {count} integers from 0")
         return count, [label_of(label) for label in labels.tolist()]
+
+    def _look_for_labels(self, npz: Zip, entries: dict[str, zipfile.ZipInfo], count: int) -> None:
+        """Raise ``ValueError`` where an array of another name could be the labels."""
+        for name, info in entries.items():
+            with npz.open(info) as entry:
+                shape, _, dtype, _ = npy_header(entry)
+            if self._labels and shape == (count,) and dtype.kind in "iu":
+                raise ValueError(
+                    f"its array {shown(name)} looks like labels: call it labels, or set labels: "
+                    "false"
+                )
 
     @staticmethod
     def _key(names: Iterable[str], keys: tuple[str, ...]) -> str:
@@ -134,7 +147,7 @@ def _open(settings: dict[str, Any], tree: Tree) -> Source:
     paired = any(folder.endswith("_labels") for folder in folders.values()) and all(
         folder.endswith(("_features", "_labels")) for folder in folders.values()
     )
-    npz = _Npz(tree)
+    npz = _Npz(tree, settings["labels"])
     contents: dict[str, tuple[int, list[int] | None]] = {}
     problems = list(tree.problems)
     for member in members:
