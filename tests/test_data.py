@@ -4,9 +4,10 @@ import io
 import json
 import multiprocessing
 import pickle
-import sys
+import struct
 import tarfile
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -545,13 +546,12 @@ def test_numbered_layouts_and_their_official_splits(tmp_path):
     assert "no images of the split 'test'" in failure(tmp_path, "ffhq", only, split="test")
 
 
-def test_lsun_folder_and_database(tmp_path, monkeypatch):
+def test_lsun_folder_and_database(tmp_path):
     folder = fill(tmp_path / "church", {"0/a.webp": png(1, format="WEBP", lossless=True)})
     _, archive = run(tmp_path, "lsun", folder)
     assert np.array_equal(archive.images()[0], pixels(1))
     database = fill(tmp_path / "church_lmdb", {"data.mdb": b""})
-    monkeypatch.setitem(sys.modules, "lmdb", None)
-    assert "needs the package lmdb" in failure(tmp_path, "lsun", database)
+    assert "not a readable LMDB (cut short" in failure(tmp_path, "lsun", database)
     zipped = make_zip(tmp_path / "l.zip", {"church_lmdb/data.mdb": b""})
     assert "unpack it" in failure(tmp_path, "lsun", zipped)
 
@@ -836,6 +836,334 @@ def test_verify_notices_content_that_was_exchanged(tmp_path):
     files["00000/img00000000.png"] = png(77)
     with pytest.raises(UserError, match="does not match the sha256"):
         Archive(make_zip(tmp_path / "changed.zip", files)).verify()
+
+
+# Labels
+
+
+def labelled(archive: Archive) -> dict[str, list[int]]:
+    """The seeds of the images (`pixels`) by the name of the class that they came out with."""
+    seeds = {pixels(seed).tobytes(): seed for seed in range(40)}
+    found: dict[str, list[int]] = {}
+    for image, label in zip(archive.images(), archive.labels, strict=True):
+        found.setdefault(archive.classes[label], []).append(seeds[image.tobytes()])
+    return {name: sorted(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("train/images/cat/1 train/images/dog/1", {"cat": [0], "dog": [1]}),
+        ("data/train/images/cat/1 data/train/images/dog/1 data/test/images/cat/1",
+         {"cat": [0], "dog": [1]}),
+        ("data/images/cat/1 data/images/dog/1", {"cat": [0], "dog": [1]}),
+        ("train/cat/1 val/cat/1", {"cat": [0]}),
+        ("n01/images/1 n02/images/1 n02/images/2", {"n01": [0], "n02": [1, 2]}),
+        ("cat/1 dog/1 @eaDir/1 cat/@eaDir/1 lost+found/1 .ipynb_checkpoints/1 cat/.thumbs/2 "
+         "__MACOSX/cat/1 #recycle/1 $RECYCLE.BIN/1", {"cat": [0], "dog": [1]}),
+        ("00002/1 00000/1 00001/1", {"00002": [0], "00000": [1], "00001": [2]}),
+        ("00003/img00012 00000/img00012", {"00003": [0], "00000": [1]}),
+        ("bus/1 train/1", {"bus": [0], "train": [1]}),
+    ],
+)  # fmt: skip
+def test_folders_that_are_classes(tmp_path, names, expected):
+    files = {f"{name}.png": png(seed) for seed, name in enumerate(names.split())}
+    for source, path in (
+        ("folder", fill(tmp_path / "in", files)),
+        ("zip", make_zip(tmp_path / "in.zip", files)),
+        ("tar", make_tar(tmp_path / "in.tar", files)),
+    ):
+        summary, archive = run(tmp_path, source, path)
+        assert labelled(archive) == expected
+        assert summary["labels"].startswith(f"{len(expected)} classes, from folders") or (
+            summary["labels"].startswith(f"{len(expected)} classes, from the folders in ")
+        )
+
+
+def test_classes_that_are_numbers_keep_them(tmp_path):
+    folder = fill(tmp_path / "in", {f"{k}/1.png": png(k) for k in range(12)})
+    _, archive = run(tmp_path, "folder", folder)
+    assert archive.classes == [str(k) for k in range(12)]
+    assert labelled(archive) == {str(k): [k] for k in range(12)}
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("animals/cat/1 animals/dog/1 vehicles/car/1", "(animals/cat, animals/dog), so which"),
+        ("cat/1 cat/small/1 dog/1", "hold different folders of their own (cat, cat/small)"),
+        ("a/airfield/1 b/bar/1", "hold different folders of their own"),
+        ("cat/1 thumbs/1", "the folder thumbs beside the classes looks like previews"),
+        ("Cat/1 cat/1", "class folders 'Cat' and 'cat' differ only in case"),
+        ("cafe\u0301/1 caf\u00e9/1", r"class folders 'cafe\u0301' and 'caf\xe9' differ only in"),
+        ("cat/train/1 dog/train/1", "put the split above them (train/cat, not cat/train)"),
+        ("train/1 test/1 extra/1", "test and other splits lie beside the folder 'extra'"),
+        ("00000/img00000000 00001/img00001000", "parts of a running number (00000/img00000000"),
+        ("00000/00000 01000/01000", "parts of a running number (00000/00000.png)"),
+    ],
+)
+def test_folders_that_may_be_classes_are_asked_about(tmp_path, names, expected):
+    files = {f"{name}.png": png(seed) for seed, name in enumerate(names.split())}
+    assert expected in failure(tmp_path, "folder", fill(tmp_path / "in", files))
+    assert expected in failure(tmp_path, "zip", make_zip(tmp_path / "in.zip", files))
+
+
+def test_the_advice_about_folders_works(tmp_path):
+    files = {"train/1.png": png(0), "test/1.png": png(1), "extra/1.png": png(2)}
+    _, archive = run(tmp_path, "folder", fill(tmp_path / "parts", files), split="train")
+    assert len(archive) == 1
+    files = {"a/cat/1.png": png(0), "a/dog/1.png": png(1), "b/car/1.png": png(2)}
+    folder = fill(tmp_path / "nested", files)
+    assert labelled(run(tmp_path, "folder", folder / "a")[1]) == {"cat": [0], "dog": [1]}
+    summary, archive = run(tmp_path, "folder", folder, labels=False)
+    assert (len(archive), summary["labels"]) == (3, "none: labels is false")
+    running = {f"0000{k}/img0000{k}000.png": png(k) for k in range(2)}
+    assert len(run(tmp_path, "folder", fill(tmp_path / "run", running), labels=False)[1]) == 2
+
+
+def test_a_summary_says_why_there_are_no_labels(tmp_path):
+    flat = fill(tmp_path / "flat", {"train/images/1.png": png(0), "train/images/2.png": png(1)})
+    summary, archive = run(tmp_path, "folder", flat)
+    assert archive.labels is None
+    assert summary["labels"] == "none: all lie in one folder"
+    digits = convert({"source": "digits"}, tmp_path / "digits.zip")
+    assert digits["labels"] == "10 classes, from the source"
+
+
+def test_labels_of_a_dataset_json_reach_every_source(tmp_path):
+    """In numbered folders, one or several, packed or not, wrapped in a folder or not."""
+    for parts in (1, 2):
+        names = [f"0000{k % parts}/img{k:08d}.png" for k in range(4)]
+        content = {"labels": [[name, (3 * k) % 4] for k, name in enumerate(names)]}
+        files = {name: png(k) for k, name in enumerate(names)}
+        files["dataset.json"] = json.dumps(content).encode()
+        for wrap in ("", "top/"):
+            wrapped = {wrap + name: data for name, data in files.items()}
+            where = tmp_path / f"{parts}{len(wrap)}"
+            folder = fill(where, wrapped)
+            zipped = make_zip(where.with_suffix(".zip"), wrapped)
+            tar = make_tar(where.with_suffix(".tar"), wrapped)
+            for source, path in (
+                ("folder", folder),
+                ("zip", zipped),
+                ("tar", tar),
+                ("archive", folder),
+                ("archive", zipped),
+            ):
+                summary, archive = run(tmp_path, source, path)
+                assert labelled(archive) == {"0": [0], "3": [1], "2": [2], "1": [3]}
+                assert summary["labels"].startswith("4 classes, from ")
+                assert summary["labels"].endswith("dataset.json")
+    files["dataset.json"] = json.dumps({"labels": None}).encode()
+    summary, archive = run(tmp_path, "zip", make_zip(tmp_path / "none.zip", files))
+    assert archive.labels is None
+    assert summary["labels"] == "none: dataset.json has none"
+    files["dataset.json"] = json.dumps({"labels": content["labels"][1:]}).encode()
+    assert "1 of 4 images have no label in it, the first is 00000/img00000000.png" in failure(
+        tmp_path, "zip", make_zip(tmp_path / "short.zip", files)
+    )
+    split = {f"{part}/{name}": data for name, data in files.items() for part in ("train", "test")}
+    split["train/dataset.json"] = json.dumps(content).encode()
+    _, archive = run(tmp_path, "folder", fill(tmp_path / "split", split))
+    assert labelled(archive) == {"0": [0], "3": [1], "2": [2], "1": [3]}
+
+
+def test_a_dataset_json_of_something_else_is_passed_over(tmp_path):
+    folder = fill(tmp_path / "in", {**CLASSES, "dataset.json": b'{"title": "pets"}'})
+    assert run(tmp_path, "folder", folder)[1].classes == ["ant", "cat", "dog"]
+
+
+def test_our_own_archive_keeps_labels_and_names_as_any_source(tmp_path):
+    _, archive = run(tmp_path, "folder", fill(tmp_path / "in", CLASSES))
+    path = archive.path.rename(tmp_path / "ours.zip")
+    for source in ("archive", "zip"):
+        again = run(tmp_path, source, path)[1]
+        assert again.classes == ["ant", "cat", "dog"]
+        assert again.sha256 == archive.sha256
+
+
+def test_latents_keep_their_labels(tmp_path):
+    names = [f"0000{k // 2}/img-mean-std-{k:08d}.npy" for k in range(4)]
+    files = {name: npy(np.abs(latent(k, 8))) for k, name in enumerate(names)}
+    content = {"labels": [[name, 3 - k] for k, name in enumerate(names)]}
+    files["dataset.json"] = json.dumps(content).encode()
+    _, archive = run(tmp_path, "latents", make_zip(tmp_path / "edm2.zip", files))
+    assert archive.labels.tolist() == [3, 2, 1, 0]
+    assert archive.moments
+    numbers = {f"{k}/0.npy": npy(latent(k)) for k in range(11)}
+    _, archive = run(tmp_path, "latents", fill(tmp_path / "numbers", numbers))
+    assert sorted(archive.labels.tolist()) == list(range(11))
+    buffer = io.BytesIO()
+    np.savez(buffer, latents=np.stack([latent(k) for k in range(3)]), y=np.arange(3))
+    other = fill(tmp_path / "other", {"a.npz": buffer.getvalue()})
+    assert "its array y.npy looks like labels: call it labels" in failure(
+        tmp_path, "latents", other
+    )
+    assert run(tmp_path, "latents", other, labels=False)[1].labels is None
+    wrapped = {f"set/{name}/0.npy": npy(latent(k)) for k, name in enumerate(("cat", "dog"))}
+    assert run(tmp_path, "latents", fill(tmp_path / "w", wrapped))[1].classes == ["cat", "dog"]
+    wrapped["set/1.npy"] = npy(latent(5))
+    assert "lie beside the class folders" in failure(
+        tmp_path, "latents", fill(tmp_path / "w", wrapped)
+    )
+
+
+# Names and kinds of files
+
+
+def test_names_in_zips_of_other_systems(tmp_path):
+    """Backslashes of Windows; UTF-8 without its flag, and beside a name of code page 437."""
+    expected = {"caf\u00e9": [0], "\u732b": [1]}
+
+    def zipped(name: str, change=lambda data: data) -> Path:
+        path = tmp_path / name
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("caf\u00e9\\", b"")
+            file.writestr("caf\u00e9\\1.png", png(0))
+            file.writestr("\u732b\\1.png", png(1))
+        path.write_bytes(change(path.read_bytes()))
+        return path
+
+    def unflagged(data: bytes) -> bytes:
+        data = bytearray(data)
+        for magic, at in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+            start = data.find(magic)
+            while start >= 0:
+                data[start + at + 1] &= 0xF7
+                start = data.find(magic, start + 4)
+        return bytes(data)
+
+    for path in (zipped("a.zip"), zipped("b.zip", unflagged)):
+        assert labelled(run(tmp_path, "zip", path)[1]) == expected
+    beside = tmp_path / "c.zip"
+    with zipfile.ZipFile(beside, "w") as file:
+        for seed, name in enumerate(("caf\u00e9", "\u732b")):
+            info = zipfile.ZipInfo(f"{seed}QL/1.png")
+            real = f"{name}/1.png".encode()
+            info.extra = b"up" + (5 + len(real)).to_bytes(2, "little") + b"\1\0\0\0\0" + real
+            file.writestr(info, png(seed))
+    beside.write_bytes(beside.read_bytes().replace(b"QL/", b"\x94L/"))
+    assert labelled(run(tmp_path, "zip", beside)[1]) == expected
+    content = {"labels": [["00000\\img0.png", 1], ["00000\\img1.png", 0]]}
+    files = {"00000\\img0.png": png(0), "00000\\img1.png": png(1)}
+    files["dataset.json"] = json.dumps(content).encode()
+    archive = Archive(make_zip(tmp_path / "edm.zip", files))
+    assert archive.entries == ["00000/img0.png", "00000/img1.png"]
+    assert archive.labels.tolist() == [1, 0]
+
+
+def test_avif_is_read(tmp_path):
+    pytest.importorskip("PIL._avif")
+    data = png(1, 16, 16, format="AVIF", quality=100, subsampling="4:4:4")
+    folder = fill(tmp_path / "in", {"a.avif": data})
+    _, archive = run(tmp_path, "folder", folder)
+    assert np.array_equal(archive.images([0])[0], np.asarray(Image.open(io.BytesIO(data))))
+    deep = bytearray(data)
+    deep[data.index(b"av1C") + 6] |= 0x40  # says that it has ten bits
+    folder = fill(tmp_path / "deep", {"a.avif": bytes(deep)})
+    assert "a.avif (unsupported mode: 10 or 12 bits per channel" in failure(
+        tmp_path, "folder", folder
+    )
+
+
+def test_image_files_that_are_not_read_are_named(tmp_path):
+    folder = fill(tmp_path / "in", {"a/1.png": png(0), "b/2.HEIC": b"?", "b/3.jxl": b"?"})
+    message = failure(tmp_path, "folder", folder)
+    assert "2 items cannot be used (2 unread format): b/2.HEIC (unread format: convert" in message
+    fill(folder, {"b/1.png": png(1), "readme.txt": b"hello"})
+    summary, archive = run(tmp_path, "folder", folder, on_error="skip")
+    assert (summary["skipped"], summary["ignored"], len(archive)) == (2, 1, 2)
+    phone = fill(tmp_path / "phone", {"1.jpg": b"\0\0\0\x18ftypheic" + bytes(40)})
+    assert "1.jpg (broken image: heic, which is not read: save as PNG)" in failure(
+        tmp_path, "folder", phone
+    )
+
+
+def deep_tiff() -> bytes:
+    """A TIFF of 8 x 8 RGB pixels with 16 bits per channel, uncompressed."""
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2)]
+    tags += [(273, 4, 1, 200), (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 1, 384)]
+    head = b"II*\0" + struct.pack("<I", 16) + struct.pack("<HHHxx", 16, 16, 16)
+    body = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    return (head + body + bytes(4)).ljust(200, b"\0") + bytes(384)
+
+
+def deep_png() -> bytes:
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(bytes(8 * 49))), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", deep_png()),
+        ("a.tiff", deep_tiff()),
+        ("a.ppm", b"P6 8 8 65535\n" + bytes(384)),
+        ("a.ppm", b"P3 8 8 65535\n" + b"0 " * 192),
+    ],
+)
+def test_sixteen_bits_are_never_cut_to_eight(tmp_path, name, content):
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()
+        assert image.mode == "RGB"  # Pillow reads it without a word
+    assert "16 bits per channel" in failure(
+        tmp_path, "folder", fill(tmp_path / "in", {name: content})
+    )
+    zipped = make_zip(tmp_path / "a.zip", {name: content})
+    with pytest.raises(UserError, match=f"cannot read {name}: 16 bits per channel"):
+        Archive(zipped)
+
+
+def test_only_decoders_of_the_known_formats_are_asked(tmp_path, monkeypatch):
+    """Pillow would start Ghostscript for PostScript under any name."""
+    from PIL import EpsImagePlugin
+
+    monkeypatch.setattr(EpsImagePlugin, "EpsImageFile", None)
+    content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
+    folder = fill(tmp_path / "in", {"a.png": content})
+    assert "a.png (broken image: not an image of" in failure(tmp_path, "folder", folder)
+
+
+# Damage
+
+
+def test_a_tar_without_its_end_is_cut_short(tmp_path):
+    whole = make_tar(tmp_path / "a.tar", CLASSES).read_bytes()
+    with tarfile.open(tmp_path / "a.tar") as file:
+        starts = [member.offset for member in file][1:]
+    for end in starts:
+        (tmp_path / "a.tar").write_bytes(whole[:end])
+        message = failure(tmp_path, "tar", tmp_path / "a.tar")
+        assert "not a readable tar file (it is cut short or damaged: its end mark" in message
+
+
+def test_a_damaged_database_is_refused(tmp_path):
+    """Cut at every page, and each page of its tree exchanged for another."""
+    lmdb = pytest.importorskip("lmdb")
+    path = tmp_path / "church_lmdb"
+    with lmdb.open(str(path)) as database, database.begin(write=True) as transaction:
+        for seed in range(150):
+            side = 48 if seed % 50 == 0 else 8
+            transaction.put(f"{seed * 7919 % 997:040x}".encode(), png(seed % 40, side, side))
+    whole = (path / "data.mdb").read_bytes()
+    pages = len(whole) // 4096
+    sha256 = run(tmp_path, "lsun", path, resolution=8)[1].sha256
+    for page in range(pages):
+        (path / "data.mdb").write_bytes(whole[: 4096 * page])
+        assert "not a readable LMDB (cut short" in failure(tmp_path, "lsun", path, resolution=8)
+        other = whole[: 4096 * page] + bytes(4096) + whole[4096 * (page + 1) :]
+        (path / "data.mdb").write_bytes(other)
+        said = ""
+        try:
+            found = convert({"source": "lsun", "resolution": 8}, tmp_path / "x.zip", path)
+        except UserError as error:
+            said = str(error)
+        # Accepted only where the page was not in use.
+        assert ("damaged" in said or "broken image" in said) if said else found["sha256"] == sha256
 
 
 # Reading

@@ -7,8 +7,8 @@ more keys in the same JSON; other tools ignore them.
 
 import hashlib
 import io
-import json
 import os
+import re
 import stat
 import struct
 import zipfile
@@ -19,6 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from study.data.reading import (
+    ITEM,
+    Zip,
+    bounded,
+    classes_of,
+    dataset_json,
+    is_kept,
+    json_size,
+    labels_of,
+    one_line,
+    read_npy,
+    shown,
+)
 from study.files import UserError
 
 if TYPE_CHECKING:
@@ -26,10 +39,22 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset(
     f".{suffix}"
-    for suffix in ("png", "jpg", "jpeg", "jfif", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm")
+    for suffix in (
+        *("png", "jpg", "jpeg", "jpe", "jfif", "webp", "avif", "bmp", "dib", "gif", "tif", "tiff"),
+        *("ppm", "pgm", "pbm", "pnm"),
+    )
 )
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GIB = 2**30
+
+# What `dataset.json` may say of an archive, beside labels and the names of classes.
+DESCRIBED: dict[str, tuple[type, str]] = {
+    "name": (str, "text"),
+    "moments": (bool, "true or false"),
+    "sha256": (str, "64 hexadecimal digits"),
+    "split": (str, "text"),
+    "source": (dict, "an object"),
+}
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -73,11 +98,15 @@ def _decode_plain_png(data: bytes) -> np.ndarray | None:
         return None
     width, height = struct.unpack_from(">II", data, 16)
     (length,) = struct.unpack_from(">I", data, 33)
-    try:
-        raw = zlib.decompress(memoryview(data)[41 : 41 + length])
-    except zlib.error:  # the stream goes on in a further chunk
+    size = height * (1 + width * channels)
+    if not 0 < size <= ITEM:
         return None
-    if len(raw) != height * (1 + width * channels):
+    stream = zlib.decompressobj()
+    try:
+        raw = stream.decompress(memoryview(data)[41 : 41 + length], size + 1)
+    except zlib.error:
+        return None
+    if len(raw) != size or not stream.eof:  # the stream goes on in a further chunk
         return None
     rows = np.frombuffer(raw, np.uint8).reshape(height, -1)
     if rows[:, 0].any():
@@ -89,20 +118,26 @@ def _decode_image(data: bytes) -> np.ndarray:
     pixels = _decode_plain_png(data)
     if pixels is not None:
         return pixels
-    from PIL import Image
+    from study.data.sources.base import Unusable, open_image
 
-    with Image.open(io.BytesIO(data)) as image:
-        if image.mode not in ("L", "RGB"):
-            raise ValueError(f"mode {image.mode}, neither 8-bit grey (L) nor RGB")
-        pixels = np.asarray(image)
+    try:
+        image = open_image(data)
+    except Unusable as error:
+        raise ValueError(error.detail) from None
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(f"mode {image.mode}, neither 8-bit grey (L) nor RGB")
+    pixels = np.asarray(image)
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
 def _decode_latent(data: bytes) -> np.ndarray:
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    array = read_npy(data)
     if array.ndim != 3 or array.dtype.kind != "f":
         raise ValueError(f"{array.dtype} of shape {list(array.shape)}, not float [C, H, W]")
-    return array.astype(np.float32, copy=False)
+    array = array.astype(np.float32, copy=False)
+    if not np.isfinite(array).all():
+        raise ValueError("has values that are not finite")
+    return array
 
 
 class Fingerprint:
@@ -140,8 +175,12 @@ class _Folder:
             for name in names
         )
 
-    def read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+    def read(self, name: str, most: float = ITEM) -> bytes:
+        path = self.path / name
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise ValueError("not a plain file")
+        bounded(size := path.stat().st_size, size, most)
+        return path.read_bytes()
 
 
 class _Zip:
@@ -154,18 +193,19 @@ class _Zip:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with zipfile.ZipFile(path) as file:
-                infos = [info for info in file.infolist() if not info.is_dir()]
-        except zipfile.BadZipFile as error:
-            raise UserError(f"{path}: not a readable zip file ({error})") from None
+            with Zip(path) as file:
+                entries = file.by_name()
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
         self._index = {
-            info.filename: (
+            name: (
                 info.header_offset,
                 info.compress_size,
+                info.file_size,
                 -1 if info.flag_bits & 1 else info.compress_type,  # bit 0: encrypted
                 info.CRC,
             )
-            for info in infos
+            for name, info in entries.items()
         }
         self.names = sorted(self._index)
         self._descriptor: int | None = None
@@ -181,20 +221,21 @@ class _Zip:
         if descriptor is not None:
             os.close(descriptor)
 
-    def read(self, name: str) -> bytes:
+    def read(self, name: str, most: float = ITEM) -> bytes:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        offset, size, method, crc = self._index[name]
+        offset, packed, size, method, crc = self._index[name]
+        bounded(size, packed, most)
         header = os.pread(self._descriptor, 30, offset)
         if len(header) < 30 or header[:4] != b"PK\3\4":
             raise ValueError("the zip is damaged here")
         name_length, extra_length = struct.unpack_from("<HH", header, 26)
-        data = os.pread(self._descriptor, size, offset + 30 + name_length + extra_length)
+        data = os.pread(self._descriptor, packed, offset + 30 + name_length + extra_length)
         if method == zipfile.ZIP_DEFLATED:
-            data = zlib.decompress(data, -15)
+            data = zlib.decompressobj(-15).decompress(data, size + 1)
         elif method != zipfile.ZIP_STORED:
             raise ValueError("encrypted, or compressed by another method than deflate")
-        if zlib.crc32(data) != crc:
+        if len(data) != size or zlib.crc32(data) != crc:
             raise ValueError("its check sum does not match: the zip is damaged")
         return data
 
@@ -244,13 +285,13 @@ class Archive:
         if self.latents and not all(latents):
             raise UserError(f"{path}: holds both images and latents; an archive has one kind")
 
-        self.meta = self._read_meta()
-        self.labels = self._read_labels(self.meta.pop("labels", None))
+        self.meta, start = self._read_meta()
+        self.labels, self.classes = self._read_labels(start)
+        self.meta.pop("labels", None)
         self.name = str(self.meta.get("name") or self.path.stem)
         self.moments = self.latents and bool(
             self.meta.get("moments") or "-mean-std-" in self.entries[0]
         )
-        self.classes = self._read_classes()
         self.num_classes = len(self.classes or ())
 
         self._shape: tuple[int, ...] | None = None
@@ -271,71 +312,64 @@ class Archive:
 
     @staticmethod
     def _is_content(name: str) -> bool:
-        base = name.rpartition("/")[2]
-        suffix = os.path.splitext(base)[1].lower()
-        return (suffix in IMAGE_SUFFIXES or suffix == ".npy") and not base.startswith(".")
+        suffix = os.path.splitext(name)[1].lower()
+        return (suffix in IMAGE_SUFFIXES or suffix == ".npy") and is_kept(name.split("/"))
 
-    def _read_meta(self) -> dict[str, Any]:
-        if "dataset.json" not in self._files.names:
-            return {}
+    def _read_meta(self) -> tuple[dict[str, Any], str]:
+        """The content of ``dataset.json``, and the folder of all entries in which it lies."""
+        found = [name for name in self._files.names if name.rpartition("/")[2] == "dataset.json"]
+        found = [name for name in found if is_kept(name.split("/"))]
+        if not found:
+            return {}, ""
+        start = found[0].removesuffix("dataset.json")
+        if len(found) > 1 or not all(name.startswith(start) for name in self.entries):
+            raise UserError(
+                f"{self.path}: {shown(found[-1])} lies beside some of the entries only: one "
+                "dataset.json belongs beside or above all of them"
+            )
         try:
-            meta = json.loads(self._files.read("dataset.json"))
+            meta = dataset_json(self._files.read(found[0], json_size(len(self.entries))))
         except (OSError, ValueError, zlib.error) as error:
-            raise UserError(f"{self.path}: dataset.json is not readable ({error})") from None
-        if not isinstance(meta, dict):
-            raise UserError(f"{self.path}: dataset.json must be an object with the key 'labels'")
+            raise UserError(
+                f"{self.path}: dataset.json is not readable ({one_line(error)})"
+            ) from None
+        where = f"{self.path}: dataset.json"
+        for key, (kind, what) in DESCRIBED.items():
+            if not isinstance(meta.get(key), kind | None):
+                raise UserError(f"{where}: {key!r} must be {what}")
+        if not re.fullmatch("[0-9a-f]{64}", meta.get("sha256") or "0" * 64):
+            raise UserError(f"{where}: 'sha256' must be {DESCRIBED['sha256'][1]}")
         count = meta.get("images")
         if isinstance(count, int) and count != len(self.entries):
             raise UserError(
-                f"{self.path}: dataset.json speaks of {count} images, but the archive holds "
+                f"{where} speaks of {shown(count, 40)} images, but the archive holds "
                 f"{len(self.entries)}: convert it again"
             )
-        return meta
+        return meta, start
 
-    def _read_labels(self, labels: Any) -> np.ndarray | None:
-        if labels is None or labels == []:
-            return None
-        where = f"{self.path}: dataset.json"
-        if isinstance(labels, dict):
-            labels = list(labels.items())
+    def _read_labels(self, start: str) -> tuple[np.ndarray | None, list[str] | None]:
+        """The labels of the entries, whose names are relative to ``start``, and class names."""
         try:
-            by_name = dict(labels)
-        except (TypeError, ValueError):
-            raise UserError(f"{where}: 'labels' must be a list of [entry, class]") from None
-        missing = [name for name in self.entries if name not in by_name]
-        if missing:
-            raise UserError(
-                f"{where}: the label list does not match the images: {len(missing)} of "
-                f"{len(self.entries)} have no label, the first is {missing[0]}"
-            )
-        if len(by_name) != len(self.entries):
-            unknown = sorted(set(by_name) - set(self.entries))[0]
-            raise UserError(
-                f"{where}: the label list does not match the images: {len(by_name)} labels for "
-                f"{len(self.entries)} images; it names {unknown}, which is not there"
-            )
-        values = [by_name[name] for name in self.entries]
-        for name, label in zip(self.entries, values, strict=True):
-            if not isinstance(label, int) or isinstance(label, bool) or label < 0:
-                raise UserError(
-                    f"{where}: the label of {name} is {str(label)[:40]}; classes are integers "
-                    "from 0 (label vectors are not supported)"
+            by_name = labels_of(self.meta)
+            if by_name is None:
+                return None, None
+            labels = [by_name.pop(name.removeprefix(start), None) for name in self.entries]
+            if None in labels:
+                first = self.entries[labels.index(None)]
+                raise ValueError(
+                    f"the label list does not match the images: {labels.count(None)} of "
+                    f"{len(labels)} have no label, the first is {shown(first)}"
                 )
-        return np.array(values, np.int64)
-
-    def _read_classes(self) -> list[str] | None:
-        if self.labels is None:
-            return None
-        highest = int(self.labels.max())
-        classes = self.meta.get("classes")
-        if classes is None:
-            return [str(label) for label in range(highest + 1)]
-        if highest >= len(classes):
-            raise UserError(
-                f"{self.path}: dataset.json names {len(classes)} classes, but there is a label "
-                f"{highest}"
-            )
-        return [str(name) for name in classes]
+            if by_name:
+                raise ValueError(
+                    f"the label list does not match the images: {len(by_name) + len(labels)} "
+                    f"labels for {len(labels)} images; it names {shown(min(by_name))}, which is "
+                    "not there"
+                )
+            classes = classes_of(self.meta, max(labels))
+        except ValueError as error:
+            raise UserError(f"{self.path}: dataset.json: {error}") from None
+        return np.array(labels, np.int64), classes or [str(k) for k in range(max(labels) + 1)]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -445,7 +479,7 @@ class Archive:
         except MemoryError:
             raise
         except Exception as error:  # decoders of foreign bytes raise almost anything
-            raise UserError(f"{self.path}: cannot read {name}: {error}") from None
+            raise UserError(f"{self.path}: cannot read {shown(name)}: {one_line(error)}") from None
         if self._shape is not None and value.shape != self._shape:
             raise UserError(
                 f"{self.path}: {name} has shape {list(value.shape)}, but "

@@ -165,22 +165,24 @@ def _ordered(
     Decoding and resizing leave Python's lock, so threads suffice and nothing is copied. Small
     images gain nothing: without ``workers`` the first items tell whether threads would pay.
     """
-    done = 0
+    done, chunk = 0, CHUNK
     if workers is None:
         began = time.perf_counter()
         for item in items[:CHUNK]:
             yield function(item)
             done += 1
-        slow = time.perf_counter() - began > CHUNK * WORTH_A_THREAD
-        workers = min(16, _cores()) if slow else 1
+        spent = time.perf_counter() - began
+        workers = min(16, _cores()) if spent > CHUNK * WORTH_A_THREAD else 1
+        # The results that wait are few where they are large.
+        chunk = min(CHUNK, max(1, int(CHUNK**2 * 20 * WORTH_A_THREAD / (spent + 1e-9))))
     if workers <= 1:
         yield from map(function, items[done:])
         return
 
     def run(start: int) -> list[Any]:
-        return [function(item) for item in items[start : start + CHUNK]]
+        return [function(item) for item in items[start : start + chunk]]
 
-    starts = iter(range(done, len(items), CHUNK))
+    starts = iter(range(done, len(items), chunk))
     with ThreadPoolExecutor(workers) as pool:
         try:
             waiting = deque(pool.submit(run, start) for start in islice(starts, 2 * workers))
@@ -257,8 +259,12 @@ def _write(
         try:
             value, label = source.read(item)
             value = make(value)
+            if source.latents and not np.isfinite(value).all():
+                raise Unusable("not a latent", "has values that are not finite once scaled")
         except Unusable as error:
             return item, None, None, Problem(item.name, error.kind, error.detail)
+        if shape is not None and value.shape != shape:  # one item of a huge size is one too many
+            return item, None, None, _mismatch(item, value.shape, shape, first, source.latents)
         return item, value, label, encode(value)
 
     fingerprint = Fingerprint()
@@ -301,6 +307,15 @@ def _write(
             "agree: set resolution (and color)"
         )
     return _description(source, settings, shape, moments, labels, fingerprint)
+
+
+def _labelling(source: Source, content: dict[str, Any]) -> str:
+    """How many classes there are and where the labels come from, for people to read."""
+    origin = source.labelling
+    if content["labels"] is None:
+        return origin if origin.startswith("none") else "none: labels is false"
+    origin = "from the files" if origin.startswith("none") else origin
+    return f"{len(content['classes'])} classes, {origin}"
 
 
 def _mismatch(
@@ -380,7 +395,8 @@ def convert(
         for images so small that threads cost more. The bytes do not depend on it.
 
     Returns the summary: name, images, skipped, skipped_file, ignored (files of other kinds),
-    resolution, channels, kind, classes (their number), sha256 (of the content), bytes, seconds.
+    resolution, channels, kind, classes (their number), labels (where they come from, in words),
+    sha256 (of the content), bytes, seconds.
     Raises ``UserError``.
     """
     began = time.monotonic()
@@ -413,6 +429,7 @@ def convert(
     return {
         **{key: content[key] for key in ("name", "images", "resolution", "channels", "kind")},
         "classes": len(content["classes"] or []),
+        "labels": _labelling(source, content),
         "sha256": content["sha256"],
         "skipped": len(problems.found),
         "skipped_file": skipped_file,

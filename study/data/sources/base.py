@@ -9,7 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from study.data.reading import LABELS, is_label, one_line, shown
+
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+# Decoders that are asked: those of the image files that sources look for. Pillow has more, some
+# of which start other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
 
 
 class Unusable(Exception):
@@ -29,7 +34,7 @@ class Problem(NamedTuple):
     detail: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.kind}: {self.detail})"
+        return f"{shown(self.name)} ({self.kind}: {shown(self.detail)})"
 
 
 class Item(NamedTuple):
@@ -65,6 +70,8 @@ class Source:
         Colour mode where the conversion names none.
     moments
         Latents only: how two stacked halves of the channels are to be read, or ``None``.
+    labelling
+        Where the labels come from, or why there are none, for people to read.
     """
 
     items: Sequence[Item]
@@ -77,6 +84,7 @@ class Source:
     color: str = "rgb"
     latents: bool = False
     moments: str | None = None
+    labelling: str = "from the source"
     close: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Source":
@@ -86,9 +94,65 @@ class Source:
         self.close()
 
 
-def one_line(error: Exception) -> str:
-    """An exception as one line without addresses."""
-    return " ".join(str(error).split()) or type(error).__name__
+def label_of(value: Any) -> int:
+    """A label that a file gives. Raises `Unusable` where it is not the number of a class."""
+    if not is_label(value):
+        what = value if isinstance(value, int | float) else type(value).__name__
+        raise Unusable("no label", f"{shown(what, 40)} is no class from 0 to {LABELS - 1}")
+    return value
+
+
+def _said_deep(data: bytes) -> str | None:
+    """More than 8 bits per channel that the first bytes of a PNG or an AVIF speak of."""
+    if data[:8] == PNG_SIGNATURE and data[24:25] == b"\x10":
+        return "16 bits per channel"
+    at = data.find(b"av1C", 0, 2**16) + 6
+    if data[4:12] == b"ftypavif" and 6 <= at < len(data) and data[at] & 0x40:
+        return "10 or 12 bits per channel"
+    return None
+
+
+def _deep(image: Image.Image) -> str | None:
+    """More than 8 bits per channel, of which Pillow takes 8 without a word."""
+    bits = 8
+    if image.format == "TIFF":
+        bits = max(np.atleast_1d(image.tag_v2.get(258, 1)))
+    if image.format == "PPM":
+        told = image.tile[0].args  # a mode, or mode and highest value
+        bits = 16 if ";16" in told or (not isinstance(told, str) and told[1] > 255) else 8
+    return f"{bits} bits per channel" if bits > 8 else None
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Decode image bytes wholly; one still image of at most 8 bits per channel.
+
+    Raises `Unusable`.
+    """
+    deep = _said_deep(data)
+    try:
+        with warnings.catch_warnings():
+            # A size at which Pillow suspects a decompression bomb is an error, not a warning.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            frames = getattr(image, "n_frames", 1) if image.format not in ("JPEG", "MPO") else 1
+            deep = deep or _deep(image)
+            image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of foreign bytes raise almost anything
+        if deep:
+            raise Unusable("unsupported mode", deep) from None
+        detail = one_line(error)
+        if isinstance(error, UnidentifiedImageError):
+            detail = "not an image of a known format"
+            if data[4:8] == b"ftyp" and data[8:12] != b"avif":  # phones' files under any name
+                detail = f"{shown(data[8:12].decode('latin-1'))}, which is not read: save as PNG"
+        raise Unusable("broken image", detail) from None
+    if deep:
+        raise Unusable("unsupported mode", deep)
+    if frames > 1:
+        raise Unusable("unsupported mode", f"animation of {frames} frames")
+    return image
 
 
 def decode(data: bytes, cmyk: bool = False) -> Image.Image:
@@ -97,24 +161,7 @@ def decode(data: bytes, cmyk: bool = False) -> Image.Image:
     Orientation tags and colour profiles are not applied, as in the tools whose archives these
     resemble. ``cmyk`` admits CMYK by Pillow's plain conversion. Raises `Unusable`.
     """
-    if data[:8] == PNG_SIGNATURE and data[24:25] == b"\x10":  # Pillow halves these silently
-        raise Unusable("unsupported mode", "16 bits per channel")
-    try:
-        with warnings.catch_warnings():
-            # A size at which Pillow suspects a decompression bomb is an error, not a warning.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
-            still = not getattr(image, "is_animated", False) or image.format in ("JPEG", "MPO")
-            image.load()
-    except MemoryError:
-        raise
-    except UnidentifiedImageError:
-        raise Unusable("broken image", "not an image of a known format") from None
-    except Exception as error:  # decoders of foreign bytes raise almost anything
-        raise Unusable("broken image", one_line(error)) from None
-    if not still:
-        raise Unusable("unsupported mode", f"animation of {image.n_frames} frames")
-    return _eight_bit(image, cmyk)
+    return _eight_bit(open_image(data), cmyk)
 
 
 def _eight_bit(image: Image.Image, cmyk: bool) -> Image.Image:

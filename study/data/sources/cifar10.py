@@ -66,6 +66,10 @@ def cifar10(settings: dict[str, Any], path: Path) -> Source:
     tree = open_tree(path)
     try:
         members = {member.rpartition("/")[2]: member for member in tree.members}
+        doubled = [m for m in tree.members if members[m.rpartition("/")[2]] != m]
+        doubled = [m for m in doubled if m.rpartition("/")[2] in FILES[split]]
+        if doubled:
+            raise UserError(f"{path}: {doubled[0].rpartition('/')[2]} is there more than once")
         missing = [name for name in FILES[split] if name not in members]
         if missing:
             raise UserError(

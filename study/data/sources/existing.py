@@ -35,4 +35,5 @@ def archive(settings: dict[str, Any], path: Path) -> Source:
         color="keep",
         latents=opened.latents,
         moments="mean_std" if opened.moments else None,
+        labelling="none: no dataset.json has any" if labels is None else "from dataset.json",
     )

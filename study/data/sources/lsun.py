@@ -1,15 +1,15 @@
-"""LSUN: an exported image folder, or the published LMDB where the package lmdb is installed."""
+"""LSUN: an exported image folder, or the published LMDB."""
 
 from pathlib import Path
-from typing import Any
 
 from study.data.sources.base import Item, Source, Unusable, decode
+from study.data.sources.lmdb import Database
 from study.data.sources.tree import open_tree
 from study.data.sources.trees import image_source, is_image
 from study.files import UserError
 
 
-def lsun(settings: dict[str, Any], path: Path) -> Source:
+def lsun(settings: dict[str, object], path: Path) -> Source:
     """One LSUN category, without labels; the path already names category and split."""
     if path.is_dir() and (path / "data.mdb").is_file():
         return _database(path)
@@ -29,29 +29,27 @@ def lsun(settings: dict[str, Any], path: Path) -> Source:
 
 def _database(path: Path) -> Source:
     try:
-        import lmdb
-    except ImportError:
-        raise UserError(
-            f"{path}: reading LSUN's LMDB needs the package lmdb: install it, or export the "
-            "images to a folder"
-        ) from None
-    try:
-        database = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        with database.begin() as transaction, transaction.cursor() as cursor:
-            keys = list(cursor.iternext(keys=True, values=False))
-    except lmdb.Error as error:
+        database = Database(path / "data.mdb")
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable LMDB ({error})") from None
-    if not keys:
+    if not database.places:
         database.close()
         raise UserError(f"{path}: the LMDB is empty")
 
-    def read(item: Item) -> tuple[Any, None]:
-        # A transaction belongs to one thread, so each read has its own; they are cheap.
-        with database.begin() as transaction:
-            data = transaction.get(item.key)
-        if data is None:
-            raise Unusable("unreadable", "the entry is gone")
-        return decode(data), None
+    def read(item: Item) -> tuple[object, None]:
+        try:
+            return decode(database.read(item.key)), None
+        except (OSError, ValueError) as error:
+            raise Unusable("unreadable", str(error)) from None
 
-    items = [Item(key.decode("ascii", "backslashreplace"), None, key) for key in keys]
-    return Source(items=items, read=read, description="LSUN, LMDB", close=database.close)
+    items = [
+        Item(key.decode("ascii", "backslashreplace"), None, place) for key, place in database.places
+    ]
+    database.places.clear()
+    return Source(
+        items=items,
+        read=read,
+        description="LSUN, LMDB",
+        close=database.close,
+        labelling="none: this source has none",
+    )

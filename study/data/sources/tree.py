@@ -4,22 +4,34 @@ import bz2
 import gzip
 import io
 import lzma
+import math
 import os
 import re
-import shutil
 import tarfile
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from study.data.sources.base import Problem, Unusable, one_line
+from study.data.reading import ITEM, Zip, bounded, is_kept, one_line, shown
+from study.data.sources.base import Problem, Unusable
 from study.files import UserError
 
 # What reading a damaged or encrypted member raises.
-_UNREADABLE = (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error),
+    *(lzma.LZMAError, NotImplementedError),
+)
+LONGEST, DEEPEST = 4096, 64
+"""Characters and folders of a path; a file may name paths that no disk would hold."""
+
+UNPACKED, RATIO = 2**30, 128
+"""A compressed tar may unpack to so many bytes on the disk, or to so many times its own."""
+
+MEMBER = 2**20
+"""Bytes that the headers of a member of a tar may have."""
 
 
 class Tree:
@@ -42,35 +54,42 @@ class Tree:
         self.folders: set[str] = set()
         self.problems: list[Problem] = []
 
-    def read(self, name: str) -> bytes:
-        """The bytes of a member. Raises `Unusable`."""
+    def read(self, name: str, most: int = ITEM) -> bytes:
+        """The bytes of a member that has at most ``most``. Raises `Unusable`."""
         try:
-            return self._read(name)
+            return self._read(self._own[name], most)
         except Unusable:
             raise
         except _UNREADABLE as error:
             raise Unusable("unreadable", one_line(error)) from None
 
     def file(self, name: str) -> BinaryIO:
-        """A seekable binary file of a member. Raises `Unusable`."""
-        return io.BytesIO(self.read(name))
+        """A seekable binary file of a member of any size. Raises `Unusable`."""
+        try:
+            return io.BytesIO(self._read(self._own[name], math.inf))
+        except _UNREADABLE as error:
+            raise Unusable("unreadable", one_line(error)) from None
 
     def close(self) -> None:
         """Free what the tree holds open."""
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, own: Any, most: float) -> bytes:
         raise NotImplementedError
 
-    def _settle(self, files: Iterable[str], folders: Iterable[str]) -> None:
-        """Check, clean and sort the names of files and folders as they were found."""
-        self._own: dict[str, str] = {}  # name as found, by clean path
+    def _settle(self, files: Iterable[tuple[str, Any]], folders: Iterable[str]) -> None:
+        """Check, clean and sort names as found: of files, with what finds them, and of folders."""
+        self._own: dict[str, Any] = {}  # by clean path
         doubled = set()
-        for name in files:
+        for name, own in files:
             path = self._clean(name)
             if path is None:
-                self.problems.append(Problem(name, "unsafe path", "absolute, or leads outside"))
-            elif path and self._own.setdefault(path, name) is not name:
+                long = len(name) > LONGEST or name.count("/") > DEEPEST
+                why = "too long or too deep" if long else "absolute, or leads outside"
+                self.problems.append(Problem(name, "unsafe path", why))
+            elif path in self._own:
                 doubled.add(path)
+            elif path:
+                self._own[path] = own
         for path in sorted(doubled):  # which one is meant is a guess, so none is taken
             self.problems.append(Problem(path, "duplicate name", "more than one such member"))
             del self._own[path]
@@ -81,14 +100,14 @@ class Tree:
 
     @staticmethod
     def _clean(name: str) -> str | None:
-        """The path inside with plain slashes, "" if hidden, ``None`` if unsafe."""
+        """The path inside with plain slashes, "" if not kept, ``None`` if unsafe."""
         path = name.replace("\\", "/")
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if path.startswith("/") or re.match(r"[A-Za-z]:/", path) or ".." in parts:
             return None
-        if any(part.startswith(".") or part == "__MACOSX" for part in parts):
-            return ""
-        return "/".join(parts)
+        if len(path) > LONGEST or len(parts) > DEEPEST:
+            return None
+        return "/".join(parts) if is_kept(parts) else ""
 
 
 class FolderTree(Tree):
@@ -107,17 +126,25 @@ class FolderTree(Tree):
             for entry in entries:
                 name = f"{inside}/{entry.name}" if inside else entry.name
                 if not entry.is_dir():
-                    files.append(name)
+                    if entry.is_file():
+                        files.append((name, name))
+                    elif is_kept([entry.name]):  # opening a pipe would wait for ever
+                        self.problems.append(
+                            Problem(name, "not a plain file", "a broken link, a device or a pipe")
+                        )
                     continue
                 folders.append(name)
                 real = os.path.realpath(entry.path) if entry.is_symlink() else entry.path
-                if not entry.name.startswith(".") and real not in above:
+                if is_kept([entry.name]) and real not in above:
                     pending.append((name, above | {os.path.realpath(entry.path)}))
         self._settle(files, folders)
 
-    def _read(self, name: str) -> bytes:
+    def _read(self, own: str, most: float) -> bytes:
         try:
-            return (self.path / self._own[name]).read_bytes()
+            size = (self.path / own).stat().st_size
+            bounded(size, size, most)
+            with (self.path / own).open("rb") as file:
+                return file.read(size)
         except OSError as error:
             raise Unusable("unreadable", error.strerror or "input/output error") from None
 
@@ -134,20 +161,32 @@ class ZipTree(Tree):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         try:
-            self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+            self._zip = Zip(path)
+        except (ValueError, OSError) as error:
             raise UserError(f"{path}: not a readable zip file ({one_line(error)})") from None
-        infos = self._zip.infolist()
         self._settle(
-            (info.filename for info in infos if not info.is_dir()),
-            (info.filename for info in infos if info.is_dir()),
+            ((name, info) for name, info in self._zip.entries if not name.endswith("/")),
+            (name for name, _ in self._zip.entries if name.endswith("/")),
         )
 
-    def _read(self, name: str) -> bytes:
-        return self._zip.read(self._own[name])
+    def _read(self, own: zipfile.ZipInfo, most: float) -> bytes:
+        return self._zip.content(own, most)
 
     def close(self) -> None:
         self._zip.close()
+
+
+class _Headers:
+    """A file as tarfile may read it while it lists the members: headers, forwards."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MEMBER:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._file.read(size)
 
 
 class TarTree(Tree):
@@ -160,7 +199,9 @@ class TarTree(Tree):
         self._file = self._plain(path)
         try:
             self._list()
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # tarfile raises almost anything for forged numbers
             self.close()
             raise UserError(f"{path}: not a readable tar file ({one_line(error)})") from None
 
@@ -174,9 +215,13 @@ class TarTree(Tree):
             return file
         unpacked = tempfile.TemporaryFile(prefix="longskip-")  # noqa: SIM115 (open as long as the tree)
         try:
+            most = max(UNPACKED, RATIO * os.fstat(file.fileno()).st_size)
             with file, opener(file) as stream:
-                shutil.copyfileobj(stream, unpacked, 2**20)
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                while block := stream.read(2**20):
+                    unpacked.write(block)
+                    if unpacked.tell() > most:
+                        raise ValueError(f"it unpacks to more than {most} bytes")
+        except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
             unpacked.close()
             raise UserError(f"{path}: not a readable tar file ({one_line(error)})") from None
         unpacked.flush()
@@ -185,24 +230,33 @@ class TarTree(Tree):
 
     def _list(self) -> None:
         files, folders = [], []
-        self._spans: dict[str, tuple[int, int]] = {}
-        with tarfile.open(fileobj=self._file, mode="r:") as tar:
+        size = os.fstat(self._file.fileno()).st_size
+        with tarfile.open(fileobj=_Headers(self._file), mode="r:") as tar:
+            before = -1
             for member in tar:
                 tar.members = []  # the list that tarfile keeps grows with the archive
+                if not before < member.offset < tar.offset:
+                    raise tarfile.ReadError("its sizes lead backwards")
+                before = member.offset
                 if member.isdir():
                     folders.append(member.name)
                 elif not member.isfile() or member.issparse():
                     self.problems.append(
                         Problem(member.name, "not a plain file", "a link, a device or sparse")
                     )
+                elif member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"it ends inside {shown(member.name)}")
                 else:
-                    files.append(member.name)
-                    self._spans.setdefault(member.name, (member.offset_data, member.size))
+                    files.append((member.name, (member.offset_data, member.size)))
+            # tarfile takes the end of the file, and a damaged header, for the end of the list.
+            self._file.seek(tar.offset)
+            if self._file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("it is cut short or damaged: its end mark is missing")
         self._settle(files, folders)
 
-    def _read(self, name: str) -> bytes:
-        offset, size = self._spans[self._own[name]]
-        data = os.pread(self._file.fileno(), size, offset)
+    def _read(self, own: tuple[int, int], most: float) -> bytes:
+        offset, size = own
+        data = os.pread(self._file.fileno(), bounded(size, size, most), offset)
         if len(data) != size:
             raise Unusable("unreadable", "the tar file ends inside it")
         return data
