@@ -805,6 +805,21 @@ def read(path: str | Path) -> dict[str, Any]:
     return dict(content)
 
 
+def override(text: str) -> dict[str, Any]:
+    """The content that ``key=value`` of a command line stands for, its value as in a study's file.
+
+    ``training={steps: 24}`` is ``{"training": {"steps": 24}}``. Raises ``UserError``.
+    """
+    import yaml
+
+    key, _, value = text.partition("=")
+    try:
+        return {key: yaml.safe_load(value)}
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"--config {text}: not valid YAML after the = ({problem})") from None
+
+
 def load(source: str | Path | Mapping[str, Any]) -> Study:
     """Read a study from a YAML file or a mapping.
 

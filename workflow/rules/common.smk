@@ -1,5 +1,7 @@
 # What the rules share: the study, its runs, paths, parameters; and what happens at start and end.
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -10,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.settings.types import RerunTrigger
+from snakemake.utils import update_config
 from snakemake_interface_executor_plugins.settings import DeploymentMethod
 
 from study import arms, digest, plan, progress
 from study import config as declarations
-from study.files import UserError, canonical_json
+from study.files import UserError, canonical_json, write_text
 
 
 def stop_with(message):
@@ -25,6 +28,9 @@ def stop_with(message):
 
 
 try:
+    # --config key=value: inside of a value Snakemake reads numbers as text.
+    for text in workflow.config_settings.config_args or ():
+        update_config(config, declarations.override(text))
     STUDY = declarations.load(config)
     RUNS = arms.runs(STUDY)
     plan.check_shared(STUDY)
@@ -145,9 +151,15 @@ if (
     and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
     and shutil.which("conda") is None
 ):
+    others = [name for name in ("mamba", "micromamba") if shutil.which(name)]
     stop_with(
-        "--use-conda needs a conda executable and none is on PATH; "
-        "install Miniforge, or leave the flag out to use this environment"
+        "--use-conda needs a conda executable and "
+        + (
+            f"PATH has only {others[0]}, which Snakemake does not call; "
+            if others
+            else "none is on PATH; "
+        )
+        + "install Miniforge, or leave the flag out to use this environment"
     )
 
 # --- the same command goes on after any kind of end ------------------------------------------------
@@ -231,9 +243,24 @@ def slots():
     return max(1, workflow.cores // (STUDY.machine.threads * STUDY.machine.processes))
 
 
+def hand_to_jobs():
+    """Let the Snakemake that an executor starts for a job read the study as it was read here.
+
+    Its file may change while jobs wait, and words of a command line would pass another shell.
+    """
+    text = json.dumps(config, default=str)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(f".snakemake/studies/{name}.json").absolute()
+    write_text(path, text)
+    workflow.config_settings.configfiles = [path]
+    workflow.config_settings.config_args = []
+
+
 onstart:
     for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
         stop_with(problem)
+    if workflow.nodes is not None:
+        hand_to_jobs()
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
     progress.start(
         RESULTS,

@@ -1,0 +1,215 @@
+"""Jobs that another Snakemake runs, started by an executor, as on a cluster."""
+
+import ast
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, SMOKE
+from packaging.requirements import Requirement
+from PIL import Image
+
+from study import digest
+
+SUBMIT = """\
+#!/bin/sh
+# Runs the job's script; what Snakemake started this with may be gone by then.
+{before}
+sh "$1" > /dev/null 2> "$1.stderr" < /dev/null || cat "$1.stderr" >&2
+echo 1
+"""
+
+
+@pytest.fixture
+def submitted(project, tmp_path):
+    """Run Snakemake in the project, and every job by a Snakemake of its own."""
+
+    def run(*flags: str, before: str = ":") -> None:
+        submit = tmp_path / "submit.sh"
+        submit.write_text(SUBMIT.format(before=before))
+        submit.chmod(0o755)
+        done = project.python(
+            *("-m", "snakemake", "--executor", "cluster-generic", "--jobs", "1"),
+            *("--cluster-generic-submit-cmd", shlex.quote(str(submit))),
+            *("--seconds-between-status-checks", "1", *flags),
+        )
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+    return run
+
+
+TINY = {"backbone": ["uvit"], "skip_scaling": ["none"], "target": ["dsm"]}
+
+
+def made_by(run_study, results: Path) -> dict[str, bytes]:
+    """Run a study of one run, and the bytes of what is a function of its settings alone."""
+    run_study()
+    (run,) = (results / "runs").iterdir()
+    files = [*run.glob("train/*.safetensors"), *run.glob("generate/samples.npz")]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def test_jobs_of_an_executor_make_what_local_ones_make(project, submitted):
+    """A study that is not ``config.yaml``, and has other settings of the same names."""
+    study = yaml.safe_load((project.folder / SMOKE).read_text())
+    study |= {"study": "other", "grid": TINY, "arms": [], "probes": []}
+    study["generation"]["images"] = 16
+    file, results = project.folder / "my study.yaml", project.folder / "results/other"
+    flags = ("--until", "generate", "--configfile", file.name)
+    file.write_text(text := yaml.safe_dump(study))
+    # Jobs work at the study as it was when the command was given, whatever becomes of its file.
+    remove = f"rm -f {shlex.quote(str(file))}"
+    submitted_results = made_by(lambda: submitted(*flags, before=remove), results)
+    file.write_text(text)
+    results.rename(results.with_name("by the executor"))
+    local_results = made_by(lambda: local(project, *flags), results)
+    assert set(local_results) == {"weights.safetensors", "raw.safetensors", "samples.npz"}
+    assert submitted_results == local_results
+
+
+def local(project, *flags: str) -> None:
+    done = project.python("-m", "snakemake", "--cores", "2", *flags)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def test_overridden_keys_reach_the_jobs_of_an_executor(project, submitted):
+    """``config.yaml`` itself, with single keys of nested mappings given on the command line."""
+    flags = (
+        *("--until", "train", "--config"),
+        f"grid={json.dumps(TINY)}",
+        "backbones={uvit: {training: {steps: 3}}}",
+        "training={batch: 8, ema: {rate: 0.5}}",
+        'title=it\'s $HOME \\t "quoted"',
+    )
+    results = project.folder / "results/digits"
+    submitted_results = made_by(lambda: submitted(*flags), results)
+    written = yaml.safe_load((project.folder / "config.yaml").read_text())
+    resolved = json.loads((results / "study.json").read_text())["config"]
+    assert resolved["title"] == 'it\'s $HOME \\t "quoted"'
+    assert resolved["backbones"]["uvit"]["training"] == {"steps": 3, "lr": 5e-3}
+    assert resolved["training"]["batch"] == 8
+    assert resolved["training"]["lr"] == written["training"]["lr"]
+    results.rename(results.with_name("by the executor"))
+    assert submitted_results == made_by(lambda: local(project, *flags), results) != {}
+
+
+def test_paths_reach_the_jobs_of_an_executor(project, submitted):
+    folder = project.folder / 'it\'s $HOME \\t "quoted"'
+    folder.mkdir()
+    for number in range(4):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    dataset = {"name": "mine", "source": "folder", "path": str(folder), "resolution": 8}
+    override = f"dataset={json.dumps(dataset)}"
+    submitted("results/datasets/mine.zip", "--configfile", SMOKE, "--config", override)
+    assert (project.folder / "results/datasets/mine.zip").is_file()
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ("training={stepz: 24}", "training.stepz: unknown key; did you mean 'steps'?"),
+        ("training={steps: 24", "--config training={steps: 24: not valid YAML after the ="),
+        ("training={lr: 1e-4}", "training.lr: '1e-4' is text"),
+        ("stdy=other", "stdy: unknown key; did you mean 'study'?"),
+    ],
+)
+def test_mistake_on_the_command_line_is_one_line(project, given, line):
+    done = project.snakemake("-n", "--config", given)
+    assert done.returncode != 0
+    (said,) = [text for text in done.stderr.splitlines() if text.startswith("study:")]
+    assert said.startswith(f"study: {line}")
+    assert "Traceback" not in done.stderr
+
+
+# --- conda ------------------------------------------------------------------------------------
+
+OPTIONAL = {"pynvml"}
+"""What a stage does without where it is missing."""
+
+REGISTERED = ("backbones", "data/sources", "diffusion", "probes")
+"""Folders whose modules stages of the compute environment load by name."""
+
+ONLY = """
+import importlib, importlib.util, sys
+site, modules, names = sys.argv[1], *(text.split(",") for text in sys.argv[2:])
+sys.path.append(site)
+print([name for name in names if importlib.util.find_spec(name) is None])
+for module in modules:
+    importlib.import_module(module)
+"""
+
+
+def only(lines: list[str], site: Path) -> None:
+    """Make a folder of the installed packages that the requirements name or need, and no other."""
+    waiting, seen = [Requirement(line) for line in lines], set()
+    while waiting:
+        requirement = waiting.pop()
+        extras = ("", *sorted(requirement.extras))
+        if (requirement.name, extras) in seen:
+            continue
+        seen.add((requirement.name, extras))
+        try:
+            found = metadata.distribution(requirement.name)
+        except metadata.PackageNotFoundError:  # of another platform
+            continue
+        for name in {path.parts[0] for path in found.files} - {"..", "__pycache__"}:
+            if not (site / name).exists():
+                (site / name).symlink_to(found.locate_file(name))
+        for inner in map(Requirement, found.requires or ()):
+            marker, inner.marker = inner.marker, None
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(inner)
+
+
+def stages_of(environment: str) -> set[str]:
+    """The verbs that the rules with a conda environment call."""
+    verbs = set()
+    for path in (ROOT / "workflow/rules").glob("*.smk"):
+        for rule in re.split(r"\n(?=\s*rule\b)", path.read_text()):
+            if f"envs/{environment}.yaml" in rule:
+                verbs |= set(re.findall(r"python -m study (\w+)", rule))
+    return verbs
+
+
+@pytest.mark.parametrize("environment", ["compute", "report"])
+def test_every_stage_imports_with_what_its_environment_pins(environment, tmp_path):
+    verbs = stages_of(environment)
+    assert verbs, f"no rule uses {environment}"
+    roots = set().union(*(digest._verbs()[verb] for verb in verbs))
+    if environment == "compute":
+        for folder in REGISTERED:
+            for path in (ROOT / "study" / folder).rglob("[a-z]*.py"):
+                roots.add(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    # The command line knows every room: of its imports, those of these verbs are roots.
+    modules = set(digest.closure(tuple(sorted(roots)), frozenset({"study.cli"}))) | {"study.cli"}
+    names = set()  # those that are imported inside of functions as well
+    for module in modules:
+        tree = ast.parse(digest._path(module, digest.PACKAGE).read_bytes())
+        names |= {name.split(".")[0] for name in digest._imports(tree, module, False)}
+    *_, pip = yaml.safe_load((ROOT / f"envs/{environment}.yaml").read_text())["dependencies"]
+    only(pip["pip"], tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-B", "-E", "-S", "-c", ONLY, tmp_path, *map(",".join, (modules, names))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert set(ast.literal_eval(done.stdout)) <= OPTIONAL
+
+
+@pytest.mark.parametrize("other", ["mamba", "micromamba"])
+def test_mamba_without_conda_is_one_line(project, tmp_path, other):
+    (tmp_path / other).touch(mode=0o755)
+    done = project.snakemake("-n", "--use-conda", env={**os.environ, "PATH": str(tmp_path)})
+    assert done.returncode != 0
+    (said,) = [line for line in done.stderr.splitlines() if "conda" in line]
+    assert said.startswith(f"study: --use-conda needs a conda executable and PATH has only {other}")
+    assert "Traceback" not in done.stderr
