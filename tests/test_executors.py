@@ -128,6 +128,40 @@ def test_mistake_on_the_command_line_is_one_line(project, given, line):
     assert "Traceback" not in done.stderr
 
 
+# --- jobs that would not see the folder -------------------------------------------------------
+
+APART = """
+from dataclasses import replace
+from snakemake_executor_plugin_cluster_generic import *
+from snakemake_executor_plugin_cluster_generic import common_settings
+
+common_settings = replace(common_settings, implies_no_shared_fs=True)
+"""
+"""An executor that has no shared file system by itself, as Kubernetes has none."""
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--executor", "apart", "--apart-submit-cmd", "true", "--jobs", "1"),
+        ("--executor", "cluster-generic", "--jobs", "1", "--shared-fs-usage", "none"),
+        ("--cores", "1", "--default-storage-provider", "fs", "--default-storage-prefix", "stored"),
+    ],
+)
+def test_jobs_that_would_not_see_the_folder_are_refused_in_one_line(project, tmp_path, flags):
+    plugin = tmp_path / "snakemake_executor_plugin_apart" / "__init__.py"
+    plugin.parent.mkdir()
+    plugin.write_text(APART)
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = project.snakemake(*flags, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith(("study:", "Error"))]
+    assert len(said) == 1
+    assert said[0].startswith("study: every job must see this folder")
+    assert "Traceback" not in done.stderr
+    assert not (project.folder / "results").exists()
+
+
 # --- conda ------------------------------------------------------------------------------------
 
 OPTIONAL = {"pynvml"}

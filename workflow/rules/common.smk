@@ -13,7 +13,7 @@ sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.settings.types import RerunTrigger
 from snakemake.utils import update_config
-from snakemake_interface_executor_plugins.settings import DeploymentMethod
+from snakemake_interface_executor_plugins.settings import DeploymentMethod, SharedFSUsage
 
 from study import arms, digest, plan, progress
 from study import config as declarations
@@ -161,6 +161,34 @@ if (
         )
         + "install Miniforge, or leave the flag out to use this environment"
     )
+
+# --- jobs that run elsewhere -----------------------------------------------------------------------
+
+
+class SharedFolder(type(workflow.storage_settings)):
+    """Storage settings that refuse jobs which would not see this folder.
+
+    What such an executor implies, Snakemake sets when it has read this file.
+    """
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.refuse_others()
+
+    def refuse_others(self):
+        needed = {SharedFSUsage.INPUT_OUTPUT, SharedFSUsage.PERSISTENCE, SharedFSUsage.SOURCES}
+        apart = workflow.nodes is not None and not needed <= set(self.shared_fs_usage)
+        if apart or self.default_storage_provider is not None:
+            stop_with(
+                "every job must see this folder, where code, checkpoints and results are kept: use "
+                "an executor with a shared file system (such as slurm), and neither "
+                "--shared-fs-usage nor --default-storage-provider"
+            )
+
+
+if workflow.is_main_process and workflow.storage_settings is not None:
+    workflow.storage_settings.__class__ = SharedFolder
+    workflow.storage_settings.refuse_others()
 
 # --- the same command goes on after any kind of end ------------------------------------------------
 
