@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from study import digest
+from study.files import atomic
 
 SUBMIT = """\
 #!/bin/sh
@@ -160,6 +162,103 @@ def test_jobs_that_would_not_see_the_folder_are_refused_in_one_line(project, tmp
     assert said[0].startswith("study: every job must see this folder")
     assert "Traceback" not in done.stderr
     assert not (project.folder / "results").exists()
+
+
+# --- places that cannot be written to ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["results", "reports", "reports/smoke", "results/datasets"])
+def test_a_file_where_a_folder_should_be_is_one_line(project, name):
+    path = project.folder / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    done = project.snakemake("--cores", "1", "--until", "convert")
+    assert done.returncode == 2
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("study:")]
+    assert said.startswith(f"study: {name}: ")
+    assert "Traceback" not in done.stderr and ", line " not in done.stderr
+
+
+@pytest.mark.parametrize(("locked", "named"), [(".", ".snakemake"), ("results", "results/smoke")])
+def test_a_read_only_folder_is_one_line(project, locked, named):
+    weak = []
+    if os.geteuid() == 0:  # whom permissions do not stop
+        if not shutil.which("setpriv"):
+            pytest.skip("needs setpriv, or another user than root")
+        weak = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"]
+    folder = project.folder / locked
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o555)
+    try:
+        command = [*weak, *project.command("--cores", "1", "--until", "convert")]
+        done = subprocess.run(command, cwd=project.folder, capture_output=True, text=True)
+    finally:
+        folder.chmod(0o755)
+    assert done.returncode == 2
+    said = [line for line in done.stderr.splitlines() if line.startswith("study:")]
+    assert said == [f"study: {named}: cannot be written (permission denied)"]
+    assert "Traceback" not in done.stderr and ", line " not in done.stderr
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+{imports}
+from study.files import UserError, atomic
+try:
+    with atomic("out") as temporary:
+        {write}
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+@pytest.mark.parametrize(
+    ("imports", "write"),
+    [
+        ("", "temporary.write_bytes(bytes(200_000))"),
+        ("import torch", "torch.save(torch.zeros(50_000), temporary)"),
+        (
+            "import torch; from safetensors.torch import save_file",
+            "save_file({'x': torch.zeros(50_000)}, temporary)",
+        ),
+        (
+            "import numpy; import pandas",
+            "pandas.DataFrame({'x': numpy.random.rand(50_000)}).to_parquet(temporary)",
+        ),
+    ],
+)
+def test_no_room_is_one_line_whoever_writes(tmp_path, imports, write):
+    code = LIMITED.format(imports=imports, write=write)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.stderr == "out: cannot be written (file too large)\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="another"):
+        with atomic(tmp_path / "out"):
+            raise RuntimeError("another")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stage_without_room_says_so_in_one_line(tmp_path):
+    command = [sys.executable, "-m", "study", "convert", "--spec", '{"name":"d","source":"digits"}']
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 8; exec "$@"', "sh", *command, "--out", tmp_path / "d.zip"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith("study: ")
+    assert said.endswith(f"{tmp_path / 'd.zip'}: cannot be written (file too large)")
+    assert "Traceback" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- conda ------------------------------------------------------------------------------------

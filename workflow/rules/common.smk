@@ -17,7 +17,7 @@ from snakemake_interface_executor_plugins.settings import DeploymentMethod, Shar
 
 from study import arms, digest, plan, progress
 from study import config as declarations
-from study.files import UserError, canonical_json, write_text
+from study.files import UserError, canonical_json, writable, write_text
 
 
 def stop_with(message):
@@ -57,6 +57,12 @@ REFERENCE = f"results/datasets/{MEASURED.name}.{STUDY.evaluation.extractor}"
 TABLES = f"{RESULTS}/tables"
 FIGURES = f"{RESULTS}/figures"
 STOP_FILE = "results/.stop"
+
+FOLDERS = [RESULTS, f"{RESULTS}/runs", os.path.dirname(ARCHIVE), os.path.dirname(REPORT)]
+
+for path in sorted({path for name in FOLDERS for path in (Path(name), *Path(name).parents)}):
+    if os.path.lexists(path) and not path.is_dir():
+        stop_with(f"{path}: results go to a folder of this name, and this is none; move it away")
 
 # Features come from the classifier that the study trains, from a given file, or from the
 # extractor's own download.
@@ -227,7 +233,10 @@ def remove_stale_locks():
     Every living one holds this file shared, for as long as it lives; the kernel sees to that.
     """
     folder = Path(".snakemake")
-    folder.mkdir(exist_ok=True)
+    try:
+        writable(folder)
+    except UserError as error:
+        stop_with(error)
     alive = (folder / "alive").open("a")
     try:
         try:
@@ -287,6 +296,11 @@ def hand_to_jobs():
 onstart:
     for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
         stop_with(problem)
+    try:
+        for folder in FOLDERS:
+            writable(folder)
+    except UserError as error:
+        stop_with(error)
     if workflow.nodes is not None:
         hand_to_jobs()
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
