@@ -776,9 +776,13 @@ def leaves(content: Any, where: str = "") -> dict[str, Any]:
 def _check_sources(content: Mapping[str, Any]) -> None:
     """Raise ``UserError`` for a source of a key that the study does not set."""
     set_here = leaves({key: value for key, value in content.items() if key != "sources"})
+    # In a resolved study ``none`` is ``{method: none, ...}``, and one grid is a list of one.
+    known = {key[: at.start()] for key in set_here for at in re.finditer(r"[.[]|$", key)}
+    if len(content.get("grid") or ()) == 1:
+        known |= {re.sub(r"^grid\[0\]", "grid", key) for key in known}
     lines = []
     for key in content.get("sources") or {}:
-        if key not in set_here:
+        if key not in known:
             close = difflib.get_close_matches(key, set_here, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "leave the entry out"
             lines.append(f"sources.{key}: the study sets no such key; {hint}")

@@ -18,6 +18,8 @@ from packaging.requirements import Requirement
 from PIL import Image
 
 from study import digest
+from study.arms import manifest, runs
+from study.config import load
 from study.files import atomic
 
 SUBMIT = """\
@@ -128,6 +130,20 @@ def test_mistake_on_the_command_line_is_one_line(project, given, line):
     (said,) = [text for text in done.stderr.splitlines() if text.startswith("study:")]
     assert said.startswith(f"study: {line}")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "path",
+    [Path("config.yaml"), *sorted((ROOT / "workflow/studies").rglob("*.yaml"))],
+    ids=lambda path: path.stem,
+)
+def test_the_study_that_a_page_shows_is_the_study(path):
+    """To be saved and run again, as the page says: the same runs, from the same settings."""
+    study = load(ROOT / path)
+    shown = json.dumps(manifest(study, runs(study))["config"], sort_keys=True)
+    again = load(json.loads(shown))
+    assert again == study
+    assert manifest(again, runs(again)) == manifest(study, runs(study))
 
 
 # --- jobs that would not see the folder -------------------------------------------------------
