@@ -16,7 +16,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c $(SUITABLE) 2>/dev/null && echo $$python && break; done)
 
 BIN := $(VENV)/bin
-CONFIG = $(if $(filter config.yaml,$(STUDY)),,--configfile $(STUDY))
+CONFIG = $(if $(filter config.yaml,$(STUDY)),,--configfile "$(STUDY)")
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) $(CONFIG) $(FLAGS)
 
 .PHONY: study smoke plan status test style lock networks clean clean-results help
@@ -28,7 +28,7 @@ smoke:
 	$(MAKE) study STUDY=workflow/studies/smoke.yaml
 
 plan status: $(VENV)/.installed
-	$(BIN)/study $@ --config $(STUDY)
+	$(BIN)/study $@ --config "$(STUDY)"
 
 test: style
 	$(BIN)/python -m pytest

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from study.files import UserError
+from study.files import NO_ACCESS, NO_ROOM, UserError, unwritable
 from study.probes import PROBES
 
 app = typer.Typer(
@@ -526,6 +526,11 @@ def main() -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in NO_ROOM | NO_ACCESS:
+            raise
+        print(f"study: {unwritable(error.filename or '?', error)}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         # Told by name: importing the trainer here would cost every verb its imports.
         if type(error).__name__ != "Interrupted":

@@ -776,9 +776,13 @@ def leaves(content: Any, where: str = "") -> dict[str, Any]:
 def _check_sources(content: Mapping[str, Any]) -> None:
     """Raise ``UserError`` for a source of a key that the study does not set."""
     set_here = leaves({key: value for key, value in content.items() if key != "sources"})
+    # In a resolved study ``none`` is ``{method: none, ...}``, and one grid is a list of one.
+    known = {key[: at.start()] for key in set_here for at in re.finditer(r"[.[]|$", key)}
+    if len(content.get("grid") or ()) == 1:
+        known |= {re.sub(r"^grid\[0\]", "grid", key) for key in known}
     lines = []
     for key in content.get("sources") or {}:
-        if key not in set_here:
+        if key not in known:
             close = difflib.get_close_matches(key, set_here, n=1)
             hint = f"did you mean {close[0]!r}?" if close else "leave the entry out"
             lines.append(f"sources.{key}: the study sets no such key; {hint}")
@@ -803,6 +807,21 @@ def read(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: a study is a mapping of keys; got {type(content).__name__}")
     return dict(content)
+
+
+def override(text: str) -> dict[str, Any]:
+    """The content that ``key=value`` of a command line stands for, its value as in a study's file.
+
+    ``training={steps: 24}`` is ``{"training": {"steps": 24}}``. Raises ``UserError``.
+    """
+    import yaml
+
+    key, _, value = text.partition("=")
+    try:
+        return {key: yaml.safe_load(value)}
+    except yaml.YAMLError as error:
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"--config {text}: not valid YAML after the = ({problem})") from None
 
 
 def load(source: str | Path | Mapping[str, Any]) -> Study:

@@ -1,9 +1,11 @@
 """Files appear whole or not at all; users' mistakes are one line."""
 
+import errno
 import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,15 +17,58 @@ class UserError(Exception):
     """A mistake of the user: one line that says what is wrong, where, and what would be right."""
 
 
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""A full disk, a quota, a limit on the size of a file."""
+
+NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+"""A folder that cannot be written to, or is none."""
+
+
+def unwritable(path: str | Path, error: OSError) -> UserError:
+    """What is wrong where the system does not let ``path`` be written."""
+    return UserError(f"{path}: cannot be written ({os.strerror(error.errno).lower()})")
+
+
+def writable(folder: str | Path) -> None:
+    """Make a folder, and raise ``UserError`` where no file can be made in it."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _refusal(path: Path, error: Exception) -> OSError | None:
+    """The system's own words where there is no room to write; of libraries, some hide them."""
+    if number := re.search(r"\(os error (\d+)\)", str(error)):  # as Rust's libraries say it
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
+    elif not isinstance(error, OSError):
+        try:
+            with path.open("ab") as file:
+                file.write(bytes(1 << 16))
+                file.flush()
+                os.fsync(file.fileno())
+            return None
+        except OSError as refused:
+            error = refused
+    return error if error.errno in NO_ROOM else None
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
 
-    On an exception the temporary file is removed and ``path`` keeps its former content.
+    On an exception the temporary file is removed and ``path`` keeps its former content. Raises
+    ``UserError`` where the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
+        )
+    except OSError as error:
+        raise unwritable(path, error) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -40,6 +85,10 @@ def atomic(path: str | Path) -> Iterator[Path]:
             os.fsync(folder)
         finally:
             os.close(folder)
+    except Exception as error:
+        if refusal := _refusal(temporary, error):
+            raise unwritable(path, refusal) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

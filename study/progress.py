@@ -6,6 +6,7 @@ where things stand when something has changed.
 """
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -304,6 +305,9 @@ def explain_failure(results: str | Path, stop_file: str | Path, logs: Iterable[s
     if Path(stop_file).exists():
         print("study: stopped as asked; the same command goes on from there", file=sys.stderr)
         return
+    if os.path.isdir(results) and shutil.disk_usage(results).free < 1 << 20:
+        # Logs could not say so.
+        print(f"study: {results}: less than 1 MiB is left on this disk", file=sys.stderr)
     logs = list(logs)
     for log in logs[:10]:
         print(f"study: failed, see {log}", file=sys.stderr)

@@ -536,7 +536,7 @@ def test_profiles_are_profiles():
     )
     for path in (ROOT / "workflow/profiles").glob("*/profile.yaml"):
         for key in yaml.safe_load(path.read_text()):
-            assert key in allowed or key.startswith(("slurm", "kubernetes")), f"{path}: {key}"
+            assert key in allowed or key.startswith("slurm"), f"{path}: {key}"
 
 
 def test_copy_of_the_project_lacks_nothing(tmp_path):

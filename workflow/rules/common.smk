@@ -1,5 +1,7 @@
 # What the rules share: the study, its runs, paths, parameters; and what happens at start and end.
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 import sys
@@ -10,11 +12,12 @@ from pathlib import Path
 sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.settings.types import RerunTrigger
-from snakemake_interface_executor_plugins.settings import DeploymentMethod
+from snakemake.utils import update_config
+from snakemake_interface_executor_plugins.settings import DeploymentMethod, SharedFSUsage
 
 from study import arms, digest, plan, progress
 from study import config as declarations
-from study.files import UserError, canonical_json
+from study.files import UserError, canonical_json, writable, write_text
 
 
 def stop_with(message):
@@ -25,6 +28,9 @@ def stop_with(message):
 
 
 try:
+    # --config key=value: inside of a value Snakemake reads numbers as text.
+    for text in workflow.config_settings.config_args or ():
+        update_config(config, declarations.override(text))
     STUDY = declarations.load(config)
     RUNS = arms.runs(STUDY)
     plan.check_shared(STUDY)
@@ -70,6 +76,12 @@ REFERENCE = f"results/datasets/{MEASURED.name}.{STUDY.evaluation.extractor}"
 TABLES = f"{RESULTS}/tables"
 FIGURES = f"{RESULTS}/figures"
 STOP_FILE = "results/.stop"
+
+FOLDERS = [RESULTS, f"{RESULTS}/runs", os.path.dirname(ARCHIVE), os.path.dirname(REPORT)]
+
+for path in sorted({path for name in FOLDERS for path in (Path(name), *Path(name).parents)}):
+    if os.path.lexists(path) and not path.is_dir():
+        stop_with(f"{path}: results go to a folder of this name, and this is none; move it away")
 
 # Features come from the classifier that the study trains, from a given file, or from the
 # extractor's own download.
@@ -164,10 +176,44 @@ if (
     and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
     and shutil.which("conda") is None
 ):
+    others = [name for name in ("mamba", "micromamba") if shutil.which(name)]
     stop_with(
-        "--use-conda needs a conda executable and none is on PATH; "
-        "install Miniforge, or leave the flag out to use this environment"
+        "--use-conda needs a conda executable and "
+        + (
+            f"PATH has only {others[0]}, which Snakemake does not call; "
+            if others
+            else "none is on PATH; "
+        )
+        + "install Miniforge, or leave the flag out to use this environment"
     )
+
+# --- jobs that run elsewhere -----------------------------------------------------------------------
+
+
+class SharedFolder(type(workflow.storage_settings)):
+    """Storage settings that refuse jobs which would not see this folder.
+
+    What such an executor implies, Snakemake sets when it has read this file.
+    """
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.refuse_others()
+
+    def refuse_others(self):
+        needed = {SharedFSUsage.INPUT_OUTPUT, SharedFSUsage.PERSISTENCE, SharedFSUsage.SOURCES}
+        apart = workflow.nodes is not None and not needed <= set(self.shared_fs_usage)
+        if apart or self.default_storage_provider is not None:
+            stop_with(
+                "every job must see this folder, where code, checkpoints and results are kept: use "
+                "an executor with a shared file system (such as slurm), and neither "
+                "--shared-fs-usage nor --default-storage-provider"
+            )
+
+
+if workflow.is_main_process and workflow.storage_settings is not None:
+    workflow.storage_settings.__class__ = SharedFolder
+    workflow.storage_settings.refuse_others()
 
 # --- the same command goes on after any kind of end ------------------------------------------------
 
@@ -206,7 +252,10 @@ def remove_stale_locks():
     Every living one holds this file shared, for as long as it lives; the kernel sees to that.
     """
     folder = Path(".snakemake")
-    folder.mkdir(exist_ok=True)
+    try:
+        writable(folder)
+    except UserError as error:
+        stop_with(error)
     alive = (folder / "alive").open("a")
     try:
         try:
@@ -250,9 +299,29 @@ def slots():
     return max(1, workflow.cores // (STUDY.machine.threads * STUDY.machine.processes))
 
 
+def hand_to_jobs():
+    """Let the Snakemake that an executor starts for a job read the study as it was read here.
+
+    Its file may change while jobs wait, and words of a command line would pass another shell.
+    """
+    text = json.dumps(config, default=str)
+    name = hashlib.sha256(text.encode()).hexdigest()[:16]
+    path = Path(f".snakemake/studies/{name}.json").absolute()
+    write_text(path, text)
+    workflow.config_settings.configfiles = [path]
+    workflow.config_settings.config_args = []
+
+
 onstart:
     for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
         stop_with(problem)
+    try:
+        for folder in FOLDERS:
+            writable(folder)
+    except UserError as error:
+        stop_with(error)
+    if workflow.nodes is not None:
+        hand_to_jobs()
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
     progress.start(
         RESULTS,
