@@ -232,6 +232,25 @@ def test_variances_are_judged_by_two_standard_errors(study):
     assert judged(study, variance_rows({(5.0, 16): 0.5}))[2].word == CONTRADICTED
 
 
+def test_one_of_many_ratios_above_one_is_chance(study):
+    many = {(float(sigma), size): 0.5 for sigma in range(1, 13) for size in (4, 16, 64, 256, 512)}
+    assert len(many) == 60
+    for excess, word in ((0.023, REPRODUCED), (0.1, CONTRADICTED)):  # 2.3 and 10 standard errors
+        found = judged(study, variance_rows({**many, (3.0, 4): 1 + excess}))[0]
+        assert found.word == word
+        assert "Holm's correction over the 60" in found.reason
+    # The same for the bias: above its bound by 2.3 standard errors at one of twelve levels.
+    rows = variance_rows(many, bias=0.0, bias_error=0.02)
+    for bias, word in ((0.146, UNTESTABLE), (0.3, CONTRADICTED)):  # V_DSM is 2: a share of 0.073
+        (place,) = [i for i, r in enumerate(rows) if (r["sigma"], r["reference"]) == (3.0, 512)]
+        rows[place]["squared_bias"] = bias
+        assert judged(study, rows)[1].word == word
+    # And for the fall with 1 / n, which is judged within a factor of two.
+    for times, word in ((1.0, REPRODUCED), (2.04, UNTESTABLE), (3.0, CONTRADICTED)):
+        found = judged(study, variance_rows({(9.0, 4): times / 4}, error=0.01))[2]
+        assert found.word == word
+
+
 def test_bias_is_judged_against_what_the_probe_could_see(study):
     for bias, error, word in (
         (0.02, 0.01, REPRODUCED),
@@ -376,6 +395,28 @@ def test_stable_targets_are_judged_for_each_size_of_the_reference(targets):
     assert "(64 references)" in again[0][1].reason
     ((_, nothing),) = evidence.stable_quality(targets.only(target_kind="dsm"))
     assert nothing.word == UNTESTABLE
+
+
+def test_sizes_of_the_reference_are_several_tests(targets):
+    stf = targets.runs[targets.runs["target_kind"] == "stf"]
+    more = [
+        stf.assign(
+            run=stf["run"] + str(size),
+            variant=f"target.reference={size}",
+            line=stf["line"] + f" / target.reference={size}",
+        )
+        for size in (64, 128)
+    ]
+    dsm = targets.runs[targets.runs["target_kind"] == "dsm"]
+    metrics = targets.metrics
+    again = [metrics[metrics["run"].isin(stf["run"])].assign(run=lambda f: f["run"] + "64")]
+    again += [metrics[metrics["run"].isin(stf["run"])].assign(run=lambda f: f["run"] + "128")]
+    both = replace(targets, runs=pd.concat([dsm, *more]), metrics=pd.concat([metrics, *again]))
+    found = evidence.stable_quality(both)
+    names = [about["backbone"] for about, _ in found]
+    assert names == ["all backbones", "U-ViT", "U-DiT"] * 2
+    once = evidence.stable_quality(targets)[0][0]["p (Holm)"]
+    assert float(found[0][0]["p (Holm)"]) == pytest.approx(2 * float(once), abs=2e-3)
 
 
 def test_long_skips_are_judged_on_unscaled_dsm_arms_with_their_twin(targets):
