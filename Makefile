@@ -16,8 +16,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	$$python -c $(SUITABLE) 2>/dev/null && echo $$python && break; done)
 
 BIN := $(VENV)/bin
-CONFIG = $(if $(filter config.yaml,$(STUDY)),,--configfile "$(STUDY)")
-SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) $(CONFIG) $(FLAGS)
+SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --configfile "$(STUDY)" $(FLAGS)
 
 .PHONY: study smoke plan status test style lock networks clean clean-results help
 

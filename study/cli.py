@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from study.files import NO_ACCESS, NO_ROOM, UserError, unwritable
+from study.files import NO_ACCESS, NO_ROOM, UserError
 from study.probes import PROBES
 
 app = typer.Typer(
@@ -529,7 +529,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in NO_ROOM | NO_ACCESS:
             raise
-        print(f"study: {unwritable(error.filename or '?', error)}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"study: {where}{os.strerror(error.errno).lower()}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
         # Told by name: importing the trainer here would cost every verb its imports.

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import astuple
@@ -427,6 +428,14 @@ def test_parts_of_a_metrics_name(name, parts, label):
     assert astuple(MetricName.parse(name)) == parts
     shown = style.metric_label(name)
     assert shown == label if label else shown.endswith(f" images, identity {parts[3]}")
+
+
+def test_tables_of_another_version_are_named(two_ways, tmp_path):
+    shutil.copytree(two_ways.parent / "tables", tmp_path / "tables")
+    path = tmp_path / "tables" / "summary.csv"
+    pd.read_csv(path).drop(columns="n_otherwise").to_csv(path, index=False)
+    with pytest.raises(UserError, match=r"summary\.csv: has no column n_otherwise"):
+        Tables.read(tmp_path / "tables")
 
 
 # --- what is not judged --------------------------------------------------------------------------

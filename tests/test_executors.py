@@ -277,6 +277,20 @@ def test_a_stage_without_room_says_so_in_one_line(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_stage_that_may_not_write_says_so_in_one_line(tmp_path):
+    (tmp_path / "run").touch()
+    folders = ["--out", tmp_path / "run/train", "--state", tmp_path / "run/state"]
+    command = [sys.executable, "-m", "study", "train", "--spec", "{}", "--data", "none.zip"]
+    done = subprocess.run(
+        [*command, *folders],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"study: {tmp_path / 'run/state'}: not a directory\n"
+
+
 # --- conda ------------------------------------------------------------------------------------
 
 OPTIONAL = {"pynvml"}

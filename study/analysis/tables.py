@@ -157,7 +157,10 @@ class Tables:
 
     @classmethod
     def read(cls, folder: str | Path, results: str | Path | None = None) -> "Tables":
-        """Read the tables in ``folder``. Raises ``UserError`` where one is missing."""
+        """Read the tables in ``folder``.
+
+        Raises ``UserError`` where one is missing, or lacks a column that today's have.
+        """
         folder = Path(folder)
         frames = {}
         for name in TABLES:
@@ -165,6 +168,12 @@ class Tables:
             if not path.is_file():
                 raise UserError(f"{path}: no such table; `study aggregate` writes it")
             frame = pd.read_csv(path, keep_default_na=False, dtype=str, encoding="utf-8")
+            lacking = [column for column in COLUMNS.get(name, ()) if column not in frame.columns]
+            if lacking:
+                raise UserError(
+                    f"{path}: has no column {lacking[0]}: another version wrote it; "
+                    "`study aggregate` makes the tables anew"
+                )
             frames[name] = _typed(frame)
         path = folder / "dynamics.parquet"
         if not path.is_file():

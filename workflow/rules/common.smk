@@ -211,7 +211,7 @@ class SharedFolder(type(workflow.storage_settings)):
             )
 
 
-if workflow.is_main_process and workflow.storage_settings is not None:
+if workflow.is_main_process:
     workflow.storage_settings.__class__ = SharedFolder
     workflow.storage_settings.refuse_others()
 
