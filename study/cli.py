@@ -91,12 +91,16 @@ def convert(
     out: Out,
     source_path: Annotated[str, typer.Option(help="Where the source lies.")] = "",
     on_error: Annotated[str, typer.Option(help="Broken images: fail or skip.")] = "fail",
+    code: Annotated[str | None, typer.Option(help="Digest of the converting code.")] = None,
 ) -> None:
     """Convert a source of images to a data set archive."""
+    from study.contents import look, remember
     from study.data.convert import convert as run
 
     settings = _json(spec, "--spec")
+    seen = look(source_path or settings.get("path"), out)
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
+    remember(seen, out, summary, code)
     print(json.dumps(summary, indent=1, default=str))
 
 

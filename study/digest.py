@@ -25,6 +25,7 @@ DECLARATIONS = frozenset(
         ".arms",
         ".cli",
         ".config",
+        ".contents",
         ".devices",
         ".digest",
         ".files",

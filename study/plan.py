@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from study import digest
+from study import contents, digest
 from study.arms import (
     NOT_SETTINGS,
     Run,
@@ -29,7 +29,7 @@ from study.arms import runs as resolve
 from study.config import Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
-from study.progress import SECONDS, duration
+from study.progress import SECONDS, check_folder, duration
 from study.status import State, state_of
 
 SPEED = {
@@ -291,20 +291,65 @@ def guess(rule: str, study: Study, run: Run | None) -> float:
     return STARTING + per_image * images * _evaluations(study, run.spec)
 
 
-def check_shared(study: Study, results: str | Path = "results") -> None:
+def check_shared(
+    study: Study, results: str | Path = "results", sources: Mapping[str, str] | None = None
+) -> None:
     """Raise ``UserError`` if another study means something else by the same data set's name.
 
-    Studies share archives and references; two meanings of one name would convert, and so train,
-    everything again at every change of study.
+    Studies share archives, classifiers and references; two meanings of one name would convert, and
+    so train, everything again at every change of study. ``sources`` are the identities of the
+    sources (``study.contents.source``) by archive, where paths are to be compared too.
     """
     results, ours = Path(results), study.model_dump(mode="json")
     for path in sorted(results.glob("*/study.json")):
         other = read_json(path)["config"]
         if other["study"] == study.study:
             continue
+        _check_classifier(ours, other, path.parent)
         for where, mine in _datasets(ours).items():
             for theirs in _datasets(other).values():
                 _check_same(where, mine, theirs, path.parent)
+                if sources is not None and mine["name"] == theirs["name"]:
+                    archive = str(results / "datasets" / f"{mine['name']}.zip")
+                    _check_source(where, mine, theirs, path.parent, archive, sources)
+
+
+def _check_source(
+    where: str,
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    folder: Path,
+    archive: str,
+    sources: Mapping[str, str],
+) -> None:
+    """The archive was made from another study's path, and ours holds something else."""
+    made_from = contents.made_from(archive)
+    if sources.get(archive) in (None, made_from):
+        return
+    if made_from is None and contents.gone(theirs["path"]):
+        return
+    if contents.source(theirs["path"], archive) == sources[archive]:
+        return
+    raise UserError(
+        f"{where}.path: {ours['path']} does not hold what {theirs['path']} holds, which is the "
+        f"data set {ours['name']!r} of {folder}; choose another name, or delete that folder"
+    )
+
+
+def _check_classifier(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> None:
+    """Studies whose features come from a classifier of the same data set share that classifier."""
+    mine, other = ours["evaluation"], theirs["evaluation"]
+    if not mine["extractor"] == other["extractor"] == "digits":
+        return
+    if ours["dataset"]["name"] != theirs["dataset"]["name"]:
+        return
+    if mine["seed"] != other.get("seed", 0):
+        raise UserError(
+            f"evaluation.seed: {folder} has trained the classifier of "
+            f"{ours['dataset']['name']!r} with seed {other.get('seed', 0)}, which all studies of "
+            f"this data set share; take that seed, give the data set another name, or delete "
+            "that folder"
+        )
 
 
 def _datasets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -560,6 +605,20 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     return lines
 
 
+def changed_sources(study: Study, results: str | Path = "results") -> list[str]:
+    """A line for each data set that is converted anew, since its path leads to other files now."""
+    lines = []
+    for where, dataset in _datasets(study.model_dump(mode="json")).items():
+        archive = Path(results, "datasets", f"{dataset['name']}.zip")
+        former = contents.made_from(archive)
+        if former is not None and contents.source(dataset["path"], archive) != former:
+            lines.append(
+                f"{where}.path: {dataset['path']} does not hold what {archive} was made from; it "
+                "is converted anew, and with it everything that depends on it"
+            )
+    return lines
+
+
 def show(
     config: str | Path = "config.yaml",
     arms: bool = True,
@@ -569,6 +628,7 @@ def show(
     """Print what a study will cost; with ``arms`` a row for each of them."""
     from rich.console import Console
 
+    check_folder(results)
     study = load(config)
     rows = plan(study, results, counting)
     console = Console()
@@ -581,5 +641,5 @@ def show(
         for row in rows
         if row.network is None
     }
-    for line in summary(study, rows, len(uncounted)):
+    for line in [*summary(study, rows, len(uncounted)), *changed_sources(study, results)]:
         console.print(line, highlight=False, soft_wrap=True)

@@ -284,8 +284,18 @@ def stop() -> None:
         watcher.say(time.time())
 
 
+def check_folder(results: str | Path = "results") -> None:
+    """Raise ``UserError`` in a folder where no study can have run."""
+    if not Path(results).is_dir() and not Path("Snakefile").is_file():
+        raise UserError(
+            f"{Path.cwd()}: neither a Snakefile nor {results}/ is here; go to the project's "
+            "folder, or to the one in which its studies ran"
+        )
+
+
 def request_stop(stop_file: str | Path = STOP_FILE) -> None:
     """Ask all trainings of this folder to write a checkpoint and leave."""
+    check_folder(Path(stop_file).parent)
     write_text(stop_file, "trainings that see this file write a checkpoint and leave\n")
     print("Trainings will write a checkpoint and leave; the same command goes on from there.")
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import digest
+from study import contents, digest
 from study.arms import Run, canonical, probed
 from study.arms import runs as resolve
 from study.config import Probe, Study, load
 from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, read_json
-from study.progress import duration, read_progress
+from study.progress import check_folder, duration, read_progress
 
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
 """States of a run.
@@ -59,8 +59,11 @@ def _json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def outdated(run: Run, status: Mapping[str, Any]) -> str:
-    """Why a finished training is not what would be trained today; empty if it is."""
+def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> str:
+    """Why a finished training is not what would be trained today; empty if it is.
+
+    ``data`` is the hash of the data set as it is now, where that is known.
+    """
     try:
         same = canonical(status["spec"]) == canonical(run.spec)
     except (KeyError, UserError):  # a spec of another version
@@ -70,6 +73,8 @@ def outdated(run: Run, status: Mapping[str, Any]) -> str:
     code = status.get("code")
     if code is not None and code != digest.training(run.spec):
         return "the training code has changed"
+    if data is not None and status.get("data_sha256", data) != data:
+        return "the data set has changed"
     return ""
 
 
@@ -126,7 +131,11 @@ def state_of(run: Run, folder: Path, now: float | None = None, study: Study | No
             return State(run, "stopped", "train", step, steps, note="the same command resumes")
         return State(run, "missing")
     step, steps = status.get("step"), status.get("steps")
-    why = outdated(run, status)
+    data = None
+    if study is not None:
+        archive = folder.parents[2] / "datasets" / f"{study.dataset.name}.zip"
+        data = (_json(contents.described(archive)) or {}).get("sha256")
+    why = outdated(run, status, data)
     if why:
         return State(run, "stale", "train", step, steps, note=why)
     diverged = status.get("status") == "diverged"
@@ -197,6 +206,7 @@ def show(
     from rich.live import Live
     from rich.text import Text
 
+    check_folder(results)
     study, results = load(config), Path(results)
     console = Console()
     if not console.is_terminal:

@@ -102,12 +102,26 @@ def test_quarter_turns():
 
 def test_whole_pixel_shift_reflects_at_the_border():
     augmentation, given = only(translate_int=1), images()
-    # u = 1 is a shift by 0.125 * 16 = 2 pixels, u = 0 by -2.
+    # u = 1 is a shift by 0.125 * 16 = 2 pixels, u = 0 by -2: right by 2, and down by 2, because a
+    # positive number moves up.
     result, labels = augmentation.apply(given, drawn(augmentation, [1.0, 0.0, 0.5]))
-    assert torch.equal(result[:, :, :-2, 2:], given[:, :, 2:, :-2])
-    assert torch.equal(result[:, :, 0, 1], given[:, :, 2, 1])
-    assert torch.equal(result[:, :, -1, -1], given[:, :, -3, -3])
+    assert torch.equal(result[:, :, 2:, 2:], given[:, :, :-2, :-2])
+    assert torch.equal(result[:, :, -1, 1], given[:, :, -3, 1])
+    assert torch.equal(result[:, :, 0, 0], given[:, :, 2, 2])
     assert labels[0].tolist() == [1.0, -1.0]
+
+
+@pytest.mark.parametrize(("x", "y"), [(3, 0), (0, 2), (3, 2), (-3, -2)])
+def test_whole_pixel_shift_goes_right_and_up_for_positive_numbers(x, y):
+    """A single bright pixel of a wide image: where EDM's code puts it."""
+    augmentation = only(translate_int=1, translate_int_max=0.25)
+    given = torch.zeros(4, 1, 8, 12)
+    given[:, :, 4, 5] = 1
+    numbers = [x / (0.25 * 12), y / (0.25 * 8)]
+    uniform = [*((number + 1) / 2 for number in numbers), 0.5]
+    result, labels = augmentation.apply(given, drawn(augmentation, uniform))
+    assert result[0, 0].nonzero().tolist() == [[4 - y, 5 + x]]
+    torch.testing.assert_close(labels[0], torch.tensor(numbers), rtol=0, atol=1e-6)
 
 
 def test_fractional_shift_by_whole_pixels_is_that_shift():

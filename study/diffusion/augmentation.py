@@ -173,7 +173,9 @@ class Augmentation:
             active = acts(o.translate_int)
             shift_x = only(x * width * o.translate_int_max, active).round()
             shift_y = only(y * height * o.translate_int_max, active).round()
-            images = _shift(images, shift_x.long(), shift_y.long())
+            # As in EDM's code a positive number moves the image right and up, while in
+            # translate_frac it moves it right and down; the labels are the numbers in both.
+            images = _shift(images, shift_x.long(), -shift_y.long())
             labels += [
                 shift_x / (width * o.translate_int_max),
                 shift_y / (height * o.translate_int_max),

@@ -231,6 +231,8 @@ def _write(
             "weights": contents.names,
             **facts,
         },
+        "weights_sha256": sha256(out / "weights.safetensors"),
+        "raw_sha256": sha256(out / "raw.safetensors"),
         "provenance": provenance("cpu"),
     }
     write_json(out / "status.json", status)

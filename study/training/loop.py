@@ -23,7 +23,7 @@ from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
 from study.diffusion import formulations
 from study.diffusion.stf import StableTarget, reference_batch
-from study.files import UserError, atomic, write_json
+from study.files import UserError, atomic, sha256, write_json
 from study.network import SplitNetwork, arithmetic, build_network, networks_of
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator, seed_of
@@ -565,6 +565,8 @@ def train(
         _save_weights(out / "raw.safetensors", trainer.backbone.state_dict())
         trainer.dynamics.write(out / "dynamics.parquet")
         trainer.timing.write(out / "timing.parquet")
+        for key, name in (("weights_sha256", "weights"), ("raw_sha256", "raw")):
+            status[key] = sha256(out / f"{name}.safetensors")
         write_json(out / "status.json", status)
         where = f"step {trainer.step} of {steps}"
         print(f"{status['status']} at {where}" + (f": {reason}" if reason else ""), flush=True)

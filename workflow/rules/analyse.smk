@@ -93,7 +93,7 @@ rule figures:
 rule notebook:
     input:
         rules.aggregate.output,
-        notebook="notebooks/{notebook}.ipynb",
+        notebook=f"{NOTEBOOKS}/{{notebook}}.ipynb",
     output:
         executed=f"{RESULTS}/notebooks/{{notebook}}.ipynb",
         html=report(

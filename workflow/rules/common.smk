@@ -1,5 +1,4 @@
 # What the rules share: the study, its runs, paths, parameters; and what happens at start and end.
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ from snakemake.settings.types import RerunTrigger
 from snakemake.utils import update_config
 from snakemake_interface_executor_plugins.settings import DeploymentMethod, SharedFSUsage
 
-from study import arms, digest, plan, progress
+from study import arms, contents, digest, plan, progress
 from study import config as declarations
 from study.files import UserError, canonical_json, writable, write_text
 
@@ -27,19 +26,34 @@ def stop_with(message):
     sys.exit(2)
 
 
+def archive_of(dataset):
+    return f"results/datasets/{dataset.name}.zip"
+
+
 try:
     # --config key=value: inside of a value Snakemake reads numbers as text.
     for text in workflow.config_settings.config_args or ():
         update_config(config, declarations.override(text))
     STUDY = declarations.load(config)
     RUNS = arms.runs(STUDY)
-    plan.check_shared(STUDY)
+    # Samples are measured against the data set itself, or against other images.
+    MEASURED = STUDY.evaluation.reference or STUDY.dataset
+    ARCHIVE, MEASURED_ARCHIVE = archive_of(STUDY.dataset), archive_of(MEASURED)
+    # What lies where the study says: looked at by the Snakemake that decides what has to run, not
+    # by those that executors start for single jobs.
+    SOURCES, HASHES = {}, contents.Hashes(f"results/{STUDY.study}/.contents.json")
+    if workflow.is_main_process:
+        for dataset in {archive_of(one): one for one in (MEASURED, STUDY.dataset)}.values():
+            contents.check_archive(archive_of(dataset))
+            SOURCES[archive_of(dataset)] = contents.source(dataset.path, archive_of(dataset))
+        plan.check_shared(STUDY, sources=SOURCES)
 except UserError as error:
     stop_with(error)
 
+NOTEBOOKS = os.path.relpath(Path(workflow.basedir, "notebooks"))
 for name in STUDY.notebooks:
-    if not Path(f"notebooks/{name}.ipynb").is_file():
-        here = ", ".join(sorted(path.stem for path in Path("notebooks").glob("*.ipynb")))
+    if not Path(NOTEBOOKS, f"{name}.ipynb").is_file():
+        here = ", ".join(sorted(path.stem for path in Path(NOTEBOOKS).glob("*.ipynb")))
         stop_with(f"notebooks: there is no notebooks/{name}.ipynb; allowed: {here}")
 
 # Jobs are started with names of files in the locale's encoding; on disk these are UTF-8, mostly.
@@ -67,12 +81,13 @@ RESULTS = f"results/{STUDY.study}"
 RUN = f"{RESULTS}/runs/{{run}}"
 MANIFEST = f"{RESULTS}/study.json"
 REPORT = f"reports/{STUDY.study}/index.html"
-ARCHIVE = f"results/datasets/{STUDY.dataset.name}.zip"
+DESCRIBED, MEASURED_DESCRIBED = map(contents.described, (ARCHIVE, MEASURED_ARCHIVE))
 CLASSIFIER = f"results/datasets/{STUDY.dataset.name}.classifier.safetensors"
-# Samples are measured against the data set itself, or against other images.
-MEASURED = STUDY.evaluation.reference or STUDY.dataset
-MEASURED_ARCHIVE = f"results/datasets/{MEASURED.name}.zip"
-REFERENCE = f"results/datasets/{MEASURED.name}.{STUDY.evaluation.extractor}"
+# A classifier of other images than those to measure against makes a reference of its own.
+OF_OTHERS = STUDY.evaluation.extractor == "digits" and MEASURED_ARCHIVE != ARCHIVE
+REFERENCE = f"results/datasets/{MEASURED.name}." + (
+    f"{STUDY.dataset.name}-digits" if OF_OTHERS else STUDY.evaluation.extractor
+)
 TABLES = f"{RESULTS}/tables"
 FIGURES = f"{RESULTS}/figures"
 STOP_FILE = "results/.stop"
@@ -85,10 +100,8 @@ for path in sorted({path for name in FOLDERS for path in (Path(name), *Path(name
 
 # Features come from the classifier that the study trains, from a given file, or from the
 # extractor's own download.
-if STUDY.evaluation.extractor == "digits":
-    EXTRACTOR_WEIGHTS = [CLASSIFIER]
-else:
-    EXTRACTOR_WEIGHTS = [STUDY.evaluation.weights] if STUDY.evaluation.weights else []
+EXTRACTOR_WEIGHTS = [CLASSIFIER] if STUDY.evaluation.extractor == "digits" else []
+GIVEN_WEIGHTS = "" if EXTRACTOR_WEIGHTS else STUDY.evaluation.weights or ""
 
 
 wildcard_constraints:
@@ -108,9 +121,22 @@ DATASET = as_parameter(STUDY.dataset, exclude=arms.NOT_SETTINGS)
 GENERATION = as_parameter(STUDY.generation, exclude={"batch": True, "decoder": {"weights": True}})
 EVALUATION = canonical_json(STUDY.evaluation.protocol())
 NOTEBOOK = canonical_json({"tables": TABLES, "results": RESULTS, "figures": FIGURES})
-# Of the study as a whole only the tables and the report depend: names, order, notes.
+# Of the study as a whole only the tables and the report depend: names, order, notes; not on where
+# things lie and how fast they are made.
 SHOWN = arms.digest(
-    [STUDY.model_dump(mode="json", exclude={"machine"}), [run.row() for run in RUNS.values()]]
+    [
+        STUDY.model_dump(
+            mode="json",
+            exclude={
+                "machine": True,
+                "dataset": {"path", "on_error"},
+                "generation": {"batch": True, "decoder": {"weights"}},
+                "evaluation": {"weights": True, "reference": {"path", "on_error"}},
+                "arms": {"__all__": {"checkpoint": {"path"}}},
+            },
+        ),
+        [run.row() for run in RUNS.values()],
+    ]
 )
 
 
@@ -131,6 +157,55 @@ def checkpoint_path(wildcards):
     return RUNS[wildcards.run].checkpoint or ""
 
 
+# Where a user's file lies is a resource; what it holds is a parameter.
+
+
+def held(role, path):
+    """What a user's file holds; nothing where there is none."""
+    return HASHES(role, path) if path and workflow.is_main_process else ""
+
+
+def checkpoint_held(wildcards):
+    """What is imported, unless the settings tell it."""
+    run = RUNS[wildcards.run]
+    told = "sha256" in run.spec.get("checkpoint", {})
+    return "" if told else held(f"checkpoint of {run.name}", run.checkpoint)
+
+
+DECODER = STUDY.generation.decoder.weights if STUDY.generation.decoder else ""
+DECODER_HELD = held("generation.decoder.weights", DECODER)
+WEIGHTS_HELD = held("evaluation.weights", GIVEN_WEIGHTS)
+
+
+# Times of large files say nothing: copied or touched they are the same. Jobs wait for the small file
+# beside each, which says what is in it, and for the large one only where it says something else.
+
+
+def large(path, record, key):
+    """A large input, which Snakemake looks at only if it is not what its `record` says."""
+
+    def look(wildcards):
+        place, written = (str(name).format(**dict(wildcards)) for name in (path, record))
+        if workflow.is_main_process and not contents.settled(place, written, key, HASHES):
+            return place
+        return ancient(place)
+
+    return look
+
+
+AVERAGED = large(f"{RUN}/train/weights.safetensors", f"{RUN}/train/status.json", "weights_sha256")
+RAW = large(f"{RUN}/train/raw.safetensors", f"{RUN}/train/status.json", "raw_sha256")
+SAMPLES = large(f"{RUN}/generate/samples.npz", f"{RUN}/generate/generate.json", "samples_sha256")
+FEATURES = large(
+    f"{REFERENCE}/features.safetensors", f"{REFERENCE}/reference.json", "features_sha256"
+)
+
+
+def conversion_code(dataset):
+    """The converting code; of an archive whose source is gone, the code that made it."""
+    return contents.code(dataset.path, archive_of(dataset), digest.conversion(dataset.source))
+
+
 def generation_code(wildcards):
     return digest.generation(RUNS[wildcards.run].spec, STUDY.generation.sampler.kind)
 
@@ -140,7 +215,7 @@ def probe_code(kind, wildcards):
 
 
 def notebook_code(wildcards):
-    return digest.notebook(f"notebooks/{wildcards.notebook}.ipynb")
+    return digest.notebook(f"{NOTEBOOKS}/{wildcards.notebook}.ipynb")
 
 
 def labels(wildcards):
@@ -165,17 +240,30 @@ os.environ.update(
     PATH=os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)]),
     LONGSKIP_JOBS_PER_GPU=str(STUDY.machine.jobs_per_gpu),
 )
+USES_CONDA = (
+    workflow.deployment_settings is not None
+    and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+)
+# And they use the package beside this Snakefile, also where they run in another folder.
+if not os.path.samefile(workflow.basedir, Path.cwd()):
+    if USES_CONDA:
+        stop_with(
+            f"--use-conda: jobs find the package in the folder that they run in; run snakemake in "
+            f"{workflow.basedir}, without --directory"
+        )
+    os.environ.update(
+        PYTHONPATH=os.pathsep.join(
+            [str(workflow.basedir), *filter(None, [os.environ.get("PYTHONPATH")])]
+        ),
+        PYTHONSAFEPATH="1",
+    )
 
 # Here, no more GPU jobs at a time than there are slots. (workflow.nodes is None exactly where jobs
 # run on this machine; --resources gpu=N has the last word.)
 if GPUS and workflow.nodes is None and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", GPUS * STUDY.machine.jobs_per_gpu)
 
-if (
-    workflow.deployment_settings is not None
-    and DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
-    and shutil.which("conda") is None
-):
+if USES_CONDA and shutil.which("conda") is None:
     others = [name for name in ("mamba", "micromamba") if shutil.which(name)]
     stop_with(
         "--use-conda needs a conda executable and "
@@ -218,6 +306,9 @@ if workflow.is_main_process:
 # --- the same command goes on after any kind of end ------------------------------------------------
 
 
+include: "running.smk"
+
+
 class StudyWorkflow(type(workflow)):
     """The workflow with this study's rules for what has to run.
 
@@ -234,6 +325,9 @@ class StudyWorkflow(type(workflow)):
         if settings is not None:
             # What a killed job left half-done is made again (training: from its last checkpoint).
             settings.force_incomplete = True
+            # Up to this size Snakemake sees by itself that a file which was touched is the same.
+            if settings.max_checksum_file_size == type(settings).max_checksum_file_size:
+                settings.max_checksum_file_size = 64 * 2**20
             # Code is told apart by digests in the parameters, so that a new layout of a rule or of
             # an environment file trains nothing again. An explicit --rerun-triggers is respected.
             if settings.rerun_triggers == RerunTrigger.all():
@@ -242,37 +336,37 @@ class StudyWorkflow(type(workflow)):
                 )
         vars(self)["dag_settings"] = settings
 
+    def execute(self, *arguments, **options):
+        dry = options["executor_plugin"].common_settings.dryrun_exec
+        if self.is_main_process and self.execution_settings.lock and not dry:
+            self.running = Running()
+            self.running.begin()
+        super().execute(*arguments, **options)
+
+    def _prepare_dag(self, *arguments, **options):
+        super()._prepare_dag(*arguments, **options)
+        if "running" in vars(self) and hasattr(self.persistence, "_lockfile"):
+            self.running.guard(self.persistence)
+
+    def unlock(self):
+        for path, record in Running().others().items():
+            if owner.lives(record):
+                stop_with(
+                    f"not unlocked: study {record['study']!r} is being run here (snakemake, "
+                    f"{owner.name(record)}); wait until it has ended"
+                )
+            path.unlink(missing_ok=True)
+        super().unlock()
+
 
 workflow.__class__ = StudyWorkflow
 
 
-def remove_stale_locks():
-    """Remove the locks of a Snakemake that was killed, if none is alive in this folder.
-
-    Every living one holds this file shared, for as long as it lives; the kernel sees to that.
-    """
-    folder = Path(".snakemake")
+if workflow.is_main_process:
     try:
-        writable(folder)
+        writable(".snakemake")
     except UserError as error:
         stop_with(error)
-    alive = (folder / "alive").open("a")
-    try:
-        try:
-            fcntl.flock(alive, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pass
-        else:
-            for lock in folder.glob("locks/*.lock"):
-                lock.unlink(missing_ok=True)
-        fcntl.flock(alive, fcntl.LOCK_SH)
-    except OSError:  # a file system without flock: Snakemake asks for --unlock as usual
-        pass
-    return alive
-
-
-if workflow.is_main_process:
-    ALIVE = remove_stale_locks()
 
 # --- start and end -----------------------------------------------------------------------------------
 
@@ -312,8 +406,30 @@ def hand_to_jobs():
     workflow.config_settings.config_args = []
 
 
+def missing():
+    """What a user's paths should lead to, if a job that is to run needs it and it is not there."""
+    needed = {
+        "convert": ("dataset.path", STUDY.dataset.path, ARCHIVE),
+        "convert_reference": ("evaluation.reference.path", MEASURED.path, MEASURED_ARCHIVE),
+        "reference": ("evaluation.weights", GIVEN_WEIGHTS, ""),
+        "evaluate": ("evaluation.weights", GIVEN_WEIGHTS, ""),
+        "generate": ("generation.decoder.weights", DECODER, ""),
+    }
+    for job in workflow.dag.needrun_jobs():
+        where, path, kept = needed.get(job.rule.name, ("", "", ""))
+        if job.rule.name == "train":
+            run = RUNS[job.wildcards.run]
+            where, path = f"checkpoint of {run.display}", run.checkpoint
+        if path and contents.gone(path):
+            yield f"{where}: {path}: no such file or folder" + (
+                f"; {kept} stays as it is" if kept and Path(kept).exists() else ""
+            )
+
+
 onstart:
     for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
+        stop_with(problem)
+    for problem in dict.fromkeys(missing()):
         stop_with(problem)
     try:
         for folder in FOLDERS:

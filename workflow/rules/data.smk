@@ -4,6 +4,7 @@
 rule convert:
     output:
         archive=ensure(ARCHIVE, non_empty=True),
+        described=DESCRIBED,
     log:
         f"{ARCHIVE}.log",
     conda:
@@ -13,9 +14,10 @@ rule convert:
         on_error=STUDY.dataset.on_error,
     params:
         spec=DATASET,
-        code=digest.conversion(STUDY.dataset.source),
+        code=conversion_code(STUDY.dataset),
+        source=SOURCES.get(ARCHIVE, ""),
     shell:
-        "python -m study convert --spec {params.spec:q} --source-path={resources.source:q} --on-error {resources.on_error} --out {output.archive} > {log} 2>&1"
+        "python -m study convert --spec {params.spec:q} --source-path={resources.source:q} --on-error {resources.on_error} --code {params.code} --out {output.archive} > {log} 2>&1"
 
 
 if MEASURED_ARCHIVE != ARCHIVE:
@@ -23,6 +25,7 @@ if MEASURED_ARCHIVE != ARCHIVE:
     use rule convert as convert_reference with:
         output:
             archive=ensure(MEASURED_ARCHIVE, non_empty=True),
+            described=MEASURED_DESCRIBED,
         log:
             f"{MEASURED_ARCHIVE}.log",
         resources:
@@ -30,12 +33,14 @@ if MEASURED_ARCHIVE != ARCHIVE:
             on_error=MEASURED.on_error,
         params:
             spec=as_parameter(MEASURED, exclude=arms.NOT_SETTINGS),
-            code=digest.conversion(MEASURED.source),
+            code=conversion_code(MEASURED),
+            source=SOURCES.get(MEASURED_ARCHIVE, ""),
 
 
 rule extractor:
     input:
-        data=ARCHIVE,
+        data=ancient(ARCHIVE),
+        described=DESCRIBED,
     output:
         weights=CLASSIFIER,
     log:
@@ -52,7 +57,8 @@ rule extractor:
 
 rule reference:
     input:
-        data=MEASURED_ARCHIVE,
+        data=ancient(MEASURED_ARCHIVE),
+        described=MEASURED_DESCRIBED,
         weights=EXTRACTOR_WEIGHTS,
     output:
         reference=f"{REFERENCE}/reference.json",
@@ -64,9 +70,11 @@ rule reference:
     threads: STUDY.machine.threads
     resources:
         gpu=min(1, GPUS),
+        weights=GIVEN_WEIGHTS,
     params:
         out=subpath(output.reference, parent=True),
         extractor=STUDY.evaluation.extractor,
+        weights=WEIGHTS_HELD,
         code=digest.stage("reference"),
     shell:
-        "python -m study reference --data {input.data} --extractor {params.extractor} --weights={input.weights:q} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+        "python -m study reference --data {input.data} --extractor {params.extractor} --weights={input.weights:q}{resources.weights:q} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

@@ -3,10 +3,10 @@
 
 rule evaluate:
     input:
-        samples=f"{RUN}/generate/samples.npz",
+        samples=SAMPLES,
         facts=f"{RUN}/generate/generate.json",
         reference=f"{REFERENCE}/reference.json",
-        features=f"{REFERENCE}/features.safetensors",
+        features=FEATURES,
         weights=EXTRACTOR_WEIGHTS,
     output:
         metrics=f"{RUN}/evaluate/fidelity.json",
@@ -17,9 +17,11 @@ rule evaluate:
     threads: STUDY.machine.threads
     resources:
         gpu=min(1, GPUS),
+        weights=GIVEN_WEIGHTS,
     params:
         reference=subpath(input.reference, parent=True),
+        weights=WEIGHTS_HELD,
         protocol=EVALUATION,
         code=digest.stage("evaluate"),
     shell:
-        "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --weights={input.weights:q} --code {params.code} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+        "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --weights={input.weights:q}{resources.weights:q} --code {params.code} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

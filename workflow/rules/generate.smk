@@ -4,9 +4,10 @@
 rule generate:
     input:
         status=f"{RUN}/train/status.json",
-        weights=f"{RUN}/train/weights.safetensors",
-        raw=f"{RUN}/train/raw.safetensors",
-        data=ARCHIVE,
+        weights=AVERAGED,
+        raw=RAW,
+        data=ancient(ARCHIVE),
+        described=DESCRIBED,
     output:
         samples=f"{RUN}/generate/samples.npz",
         facts=f"{RUN}/generate/generate.json",
@@ -24,11 +25,12 @@ rule generate:
     resources:
         gpu=min(1, GPUS),
         batch=STUDY.generation.batch,
-        decoder=STUDY.generation.decoder.weights if STUDY.generation.decoder else "",
+        decoder=DECODER,
     params:
         run=subpath(input.status, ancestor=2),
         out=subpath(output.samples, parent=True),
         protocol=GENERATION,
+        decoder=DECODER_HELD,
         code=generation_code,
     shell:
         "python -m study generate --run-dir {params.run} --protocol {params.protocol:q} --batch {resources.batch} --decoder={resources.decoder:q} --code {params.code} --data {input.data} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

@@ -19,10 +19,8 @@ def probe_results(kind):
 
 
 def weights(probe):
-    """The file of the weights that a probe of runs looks at."""
-    return {"ema": "weights.safetensors", "raw": "raw.safetensors"}[
-        probe.resolved().get("weights", "ema")
-    ]
+    """The weights that a probe of runs looks at."""
+    return {"ema": AVERAGED, "raw": RAW}[probe.resolved().get("weights", "ema")]
 
 
 def alone(kind, share, whole):
@@ -37,12 +35,10 @@ for kind, probe in PROBED.items():
             name:
                 f"probe_{kind}"
             input:
-                data=ARCHIVE,
-                run=(
-                    [f"{RUN}/train/status.json", f"{RUN}/train/{weights(probe)}"]
-                    if probe.subject == "run"
-                    else []
-                ),
+                data=ancient(ARCHIVE),
+                described=DESCRIBED,
+                run=f"{RUN}/train/status.json" if probe.subject == "run" else [],
+                weights=weights(probe) if probe.subject == "run" else [],
             output:
                 facts=f"{RUN}/probes/{kind}.json",
                 table=f"{RUN}/probes/{kind}.parquet",
@@ -71,7 +67,8 @@ for kind, probe in PROBED.items():
             name:
                 f"probe_{kind}"
             input:
-                data=ARCHIVE,
+                data=ancient(ARCHIVE),
+                described=DESCRIBED,
             output:
                 facts=f"{RESULTS}/probes/{kind}.json",
                 table=f"{RESULTS}/probes/{kind}.parquet",

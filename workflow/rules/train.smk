@@ -5,7 +5,8 @@
 
 rule train:
     input:
-        data=ARCHIVE,
+        data=ancient(ARCHIVE),
+        described=DESCRIBED,
     output:
         status=f"{RUN}/train/status.json",
         weights=f"{RUN}/train/weights.safetensors",
@@ -26,6 +27,7 @@ rule train:
         out=subpath(output.status, parent=True),
         state=f"{RUN}/state",
         spec=training_spec,
+        checkpoint=checkpoint_held,
         code=training_code,
         stop_file=STOP_FILE,
     shell:
