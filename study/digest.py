@@ -29,6 +29,7 @@ DECLARATIONS = frozenset(
         ".digest",
         ".files",
         ".plan",
+        ".processes",
         ".progress",
         ".provenance",
         ".sources",
