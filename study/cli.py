@@ -509,7 +509,6 @@ def _run() -> int:
     try:
         return app(standalone_mode=False) or 0  # typer returns 130 after Ctrl-C
     except UserError as error:
-        processing.hold_back(0)
         _say(error)
         return 2
     except typer.BadParameter.__base__ as error:  # UsageError of typer's own copy of click
@@ -523,9 +522,8 @@ def _run() -> int:
     except (typer.Abort, KeyboardInterrupt):
         return 130
     except (Stopped, processing.Asked) as error:
-        if processing.speaks():
-            _say(error)
+        _say(error)
         return processing.STOPPED
     except Exception:
-        processing.hold_back(8)
+        processing.hold_back()
         raise

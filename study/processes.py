@@ -7,17 +7,19 @@ command that started them.
 """
 
 import ctypes
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 """Signals that ask to leave: people, closed terminals, and schedulers before a time limit."""
@@ -25,7 +27,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 STOPPED = 75
 """Exit status of a command that was asked to leave and goes on when it is given again."""
 
-AFTER = 5.0
+AFTER = 10.0
 """Seconds that the other processes have to leave when one has."""
 
 # --- the environment -----------------------------------------------------------------------------
@@ -103,6 +105,13 @@ def own_environment() -> Iterator[None]:
 class Asked(SystemExit):
     """Asked to leave, in a stage that can do so anywhere."""
 
+    def __init__(self, why: str) -> None:
+        super().__init__(STOPPED)
+        self.why = why
+
+    def __str__(self) -> str:
+        return self.why
+
 
 def listen(handler: Callable[[int, Any], None]) -> None:
     """Let ``handler`` take the signals that ask to leave; what is ignored (nohup) stays ignored."""
@@ -129,7 +138,8 @@ def launch(command: list[str], processes: int) -> int:
     """Run ``command`` in so many processes, which are one training; returns their exit status.
 
     They share the group, the standard streams and the inheritable descriptors of this process and
-    die with it. Signals that ask to leave are handed on.
+    die with it. Signals that ask to leave are handed on. What is to be said the first one says:
+    the words of the others are shown where they alone failed.
     """
     children: list[subprocess.Popen] = []
     asked: list[int] = []
@@ -142,52 +152,73 @@ def launch(command: list[str], processes: int) -> int:
     listen(hand_on)
     alive, _ours = os.pipe()  # our end is closed by the kernel, however this process ends
     os.set_inheritable(alive, True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         server.set_inheritable(True)
         port, listener = server.getsockname()[1], server.fileno()
+        words = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(processes)]
         try:
             for rank in range(processes):
                 numbers = f"{rank} {processes} {port} {listener} {alive}"
-                environment = {**os.environ, OURS: numbers}
-                child = subprocess.Popen(command, env=environment, close_fds=False)
+                child = subprocess.Popen(
+                    command,
+                    env={**os.environ, OURS: numbers},
+                    stderr=words[rank] if rank else None,
+                    close_fds=False,
+                )
                 children.append(child)
                 if asked:  # before this child was there to hear of it
                     child.send_signal(asked[0])
-            return _attend(children, asked)
+            codes = _ends(children)
         finally:
             for child in children:
                 child.kill()
             for child in children:
                 child.wait()
+        return _verdict(codes, words, bool(asked))
 
 
-def _attend(children: list[subprocess.Popen], asked: list[int]) -> int:
-    """Wait for the processes of a training; where one fails or leaves, not long for the others."""
-    end = None
+def _ends(children: list[subprocess.Popen]) -> list[int | None]:
+    """Exit statuses of the processes of a training; ``None`` of those that outstayed the others.
+
+    Where one was killed, nobody waits for the others; where one fails or leaves, or the first one
+    has written the results, they have a little time.
+    """
+    end = math.inf
     while True:
         codes = [child.poll() for child in children]
-        for rank, code in enumerate(codes):
-            if code in (None, 0, STOPPED, 130):
-                continue
-            if code > 0:  # the process has said why
-                return code
-            name = signal.Signals(-code).name
-            if asked:
-                print(f"study: stopped by {name}; the same command goes on", file=sys.stderr)
-                return STOPPED
-            print(
-                f"study: process {rank} of {len(children)} was killed ({name}) and the others with "
-                "it; the same command goes on from the last checkpoint",
-                file=sys.stderr,
-            )
-            return 1
-        left = STOPPED in codes or 130 in codes
-        if None not in codes or (end and time.monotonic() > end):
-            return STOPPED if left else 0
-        # The first one writes the results; others may end before it, and not long after it.
-        if end is None and (left or codes[0] is not None):
-            end = time.monotonic() + AFTER
+        if None not in codes or min(code or 0 for code in codes) < 0 or time.monotonic() > end:
+            return codes
+        if codes[0] is not None or any(codes):
+            end = min(end, time.monotonic() + AFTER)
         time.sleep(0.02)
+
+
+def _verdict(codes: list[int | None], words: list[IO[bytes]], asked: bool) -> int:
+    """The exit status of a training of several processes, said where they have not said why."""
+    killed = [(rank, code) for rank, code in enumerate(codes) if code is not None and code < 0]
+    if killed:
+        rank, code = killed[0]
+        name = signal.Signals(-code).name
+        text = (
+            f"stopped by {name}; the same command goes on"
+            if asked
+            else f"process {rank} of {len(codes)} was killed ({name}) and the others with it; the "
+            "same command goes on from the last checkpoint"
+        )
+        if codes[0] not in (STOPPED, 130):  # it has not said so itself
+            # On a line of its own, also after the progress bar of a process that was killed.
+            print(f"\nstudy: {text}", file=sys.stderr)
+        return STOPPED if asked else 1
+    if STOPPED in codes or 130 in codes:
+        return STOPPED
+    failed = [rank for rank, code in enumerate(codes) if code]
+    if not failed:
+        return 0
+    if failed[0] > 0:
+        words[failed[0]].seek(0)
+        sys.stderr.write(words[failed[0]].read().decode(errors="replace"))
+    return codes[failed[0]] or 0
 
 
 def join() -> None:
@@ -223,18 +254,7 @@ def meet(backend: str) -> None:
     distributed.init_process_group(backend, store=store, rank=here.rank, world_size=here.processes)
 
 
-def speaks() -> bool:
-    """Whether this process is the one that speaks for its training."""
-    here = place()
-    return here is None or here.rank == 0
-
-
-def hold_back(seconds: float) -> None:
-    """Let the first process speak of a mistake that all find, and the launcher end the others.
-
-    Where one process is killed or leaves, the others fail for its sake: they are ended before they
-    have said so.
-    """
-    here = place()
-    if here is not None:
-        time.sleep(seconds + 2 * here.rank)
+def hold_back() -> None:
+    """Let the launcher end this process before it speaks, where it fails for another one's sake."""
+    if place() is not None:
+        time.sleep(AFTER + 3)

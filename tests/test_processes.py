@@ -199,10 +199,10 @@ def test_other_stages_leave_at_once_and_half_written_nothing(data, plain, tmp_pa
 
 
 def test_two_processes_are_killed_anyhow_and_end_in_the_same_bytes(data, tmp_path):
-    long, machine = spec(steps=400), {"processes": 2, "save_every": 0.2}
+    long, machine = spec(steps=300), {"processes": 2, "save_every": 0.05}
     done = finish(command(data, tmp_path / "whole", long, **machine))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("done at step 400") == 1
+    assert done.stdout.count("done at step 300") == 1
     folder = tmp_path / "killed"
     saved = folder / "state/checkpoint.pt"
     moments = [
@@ -229,13 +229,13 @@ def test_two_processes_are_killed_anyhow_and_end_in_the_same_bytes(data, tmp_pat
             kill(process.pid, number)
         said = process.communicate(timeout=30)[1]
         wait_for(lambda: not at_work(folder), 10)
-        lines = [line for line in said.splitlines() if line.startswith("study:")]
+        lines = re.findall("^study:.*", said, re.MULTILINE)
         assert process.returncode == expected, said
         assert "Traceback" not in said
         assert len(lines) == (0 if expected == -9 else 1)
         if expected == 75:
             name = signal.Signals(number).name
-            assert re.match(rf"study: stopped by {name} at step \d+ of 400; the same", lines[0])
+            assert re.match(rf"study: stopped by {name} at step \d+ of 300; the same", lines[0])
         if expected == 1:
             assert lines[0].startswith("study: process 1 of 2 was killed (SIGKILL)")
         assert not (folder / "train").exists()
@@ -256,6 +256,46 @@ def test_a_mistake_that_all_processes_find_is_one_line(data, tmp_path):
         "study: training.precision: fp16 needs a GPU, but this job runs on cpu; use fp32 or bf16"
     ]
     assert "Traceback" not in done.stderr
+
+
+RANK = """
+import os, sys, time
+from study import processes
+processes.join()
+rank = processes.place().rank
+what = sys.argv[1 + rank]
+print(f"{rank} speaks", file=sys.stderr, flush=True)
+if what == "stays":
+    time.sleep(600)
+if what == "killed":
+    os.kill(os.getpid(), 9)
+sys.exit(int(what))
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        (["0", "0"], 0, ["0 speaks"]),
+        (["2", "2"], 2, ["0 speaks"]),
+        (["stays", "1"], 1, ["0 speaks", "1 speaks"]),
+        (["75", "75"], 75, ["0 speaks"]),
+        (["75", "stays"], 75, ["0 speaks"]),
+        (["1", "75"], 75, ["0 speaks"]),  # it failed because the other one had left
+        (["130", "130"], 75, ["0 speaks"]),
+        (["0", "stays"], 0, ["0 speaks"]),
+        (["stays", "killed"], 1, ["0 speaks", "", "study: process 1 of 2 was killed (SIGKILL) "]),
+    ],
+)
+def test_processes_end_together_and_speak_once(tmp_path, ends, status, said):
+    program = (
+        "import sys; from study import processes; processes.AFTER = 3.0\n"
+        "sys.exit(processes.launch([sys.executable, '-c', *sys.argv[1:]], 2))"
+    )
+    done = finish([sys.executable, "-c", program, RANK, *ends])
+    assert done.returncode == status
+    lines = done.stderr.splitlines()
+    assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said
 
 
 def test_what_processes_cannot_share_is_refused_before_anything_starts(data, tmp_path):

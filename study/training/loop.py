@@ -528,6 +528,7 @@ def train(
         if asked and reason is None and trainer.step < steps:
             trainer.save(identity)
             trainer.accelerator.end_training()
+            progress.bar.close()
             raise Interrupted(
                 f"stopped by {asked} at step {trainer.step} of {steps}; the same command resumes"
             )
