@@ -415,6 +415,21 @@ def unsupported(spec: dict[str, Any]) -> str | None:
     return None
 
 
+def unshared(batch: int, processes: int, gpus: int) -> str | None:
+    """Why so many processes on so many GPUs (0: the CPU) cannot share a batch, if so."""
+    if gpus and processes > gpus:
+        return (
+            f"machine.processes: {processes} processes need a GPU each, but machine.gpus is "
+            f"{gpus}; take at most as many processes as GPUs"
+        )
+    if batch % processes:
+        return (
+            f"training.batch: {batch} images cannot be shared by {processes} processes; "
+            "take a multiple"
+        )
+    return None
+
+
 def training_steps(spec: dict[str, Any]) -> int:
     """Optimiser steps of a run, over all of its networks."""
     return sum(model["steps"] for model in models(spec))
@@ -457,6 +472,18 @@ def _check_checkpoint(arm: _Arm, spec: dict[str, Any]) -> None:
             f"{arm.where}.checkpoint: a file holds one network, but formulation.splits needs "
             f"{len(spec['formulation']['splits']) + 1}"
         )
+
+
+def _check_machine(study: Study, arm: _Arm, spec: dict[str, Any]) -> None:
+    machine, training = study.machine, spec["training"]
+    if training["attention"] == "xformers" and not machine.gpus:
+        raise UserError(
+            f"{arm.where}: training.attention: xformers needs an NVIDIA GPU, but machine.gpus is "
+            "0; use sdpa, or give the study a GPU"
+        )
+    problem = unshared(training["batch"], machine.processes, machine.gpus)
+    if problem and arm.checkpoint is None:
+        raise UserError(f"{arm.where}: {problem}")
 
 
 def _check_guidance(study: Study, arm: _Arm, spec: dict[str, Any]) -> None:
@@ -550,6 +577,7 @@ def runs(study: Study) -> dict[str, Run]:
             "training": trainings[key],
         }
         _check_combination(arm, spec)
+        _check_machine(study, arm, spec)
         _check_guidance(study, arm, spec)
         if arm.checkpoint is not None:
             kept = {key: spec["training"][key] for key in KEPT}

@@ -7,6 +7,7 @@ a stage depends on.
 import io
 import json
 import locale
+import logging
 import os
 import sys
 from contextlib import nullcontext
@@ -15,7 +16,8 @@ from typing import Annotated, Any
 
 import typer
 
-from study.files import NO_ACCESS, NO_ROOM, UserError
+from study import processes as processing
+from study.files import NO_ACCESS, NO_ROOM, Stopped, UserError
 from study.probes import PROBES
 
 app = typer.Typer(
@@ -69,13 +71,21 @@ def _device(gpus: int | None) -> Any:
     return acquire(gpus)
 
 
-def _alone(folder: Path) -> Any:
-    """Keep the same job of a killed workflow, which may live on, out of a run's folder."""
-    if "LOCAL_RANK" in os.environ:  # a process of several, whose parent holds the folder
+def _alone(folder: Path, name: str = "lock") -> Any:
+    """Keep the same job of a killed workflow, which may live on, out of a run's folder.
+
+    To be entered before devices are taken: a job that has to leave must not wait for them.
+    """
+    if processing.place() is not None:  # a process of several: it has inherited the lock
         return nullcontext()
     from study.devices import alone
 
-    return alone(folder)
+    return alone(folder, name)
+
+
+def _alone_with(out: Path) -> Any:
+    """The same for a job that writes one file, beside others that run at the same time."""
+    return _alone(out.parent, f".{out.name}.lock")
 
 
 def _set_threads(threads: int | None) -> None:
@@ -163,21 +173,31 @@ def train(
         with _alone(state):
             _take_weights(described, checkpoint, data, out, code)
         return
-    processes = settings.get("processes", 1)
-    _set_threads(max(1, threads // processes) if threads else None)
+    from study.arms import complete, unshared
+
+    spec, processes = complete(described), settings.get("processes", 1)
+    if gpus is None and processes > 1:
+        from study.devices import visible
+
+        gpus = processes if visible() else 0
+    problem = unshared(spec["training"]["batch"], processes, gpus or 0)
+    if problem:
+        raise UserError(problem)
+    each = max(1, threads // processes) if threads else None
+    _set_threads(each)
     with _alone(state), _device(gpus):
-        if processes > 1 and "LOCAL_RANK" not in os.environ:
-            _launch(processes, gpus or 0)
-        from study.arms import complete
+        if processes > 1 and processing.place() is None:
+            command = [sys.executable, "-m", "study", *sys.argv[1:]]
+            raise SystemExit(processing.launch(command, processes))
         from study.training import train as run
 
         run(
-            complete(described),
+            spec,
             data,
             out,
             state,
             machine=settings,
-            threads=max(1, threads // processes) if threads else None,
+            threads=each,
             stop_file=stop_file,
             code=code,
         )
@@ -196,26 +216,6 @@ def _take_weights(
     if not checkpoint:
         raise UserError(f"--checkpoint: missing; the spec names {spec['checkpoint']}")
     import_run(complete(spec), checkpoint, data, out, code=code)
-
-
-def _launch(processes: int, gpus: int) -> None:
-    """Run this very command in several processes, and end with their exit status.
-
-    torch's own launcher, which is what ``accelerate launch`` calls for several GPUs; accelerate's
-    refuses several processes without a GPU unless MPI is there.
-    """
-    import signal
-    import subprocess
-
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(processes), "-m", "study", *sys.argv[1:]]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "false" if gpus else "true"}
-    # The launcher inherits the locks of the run and of its GPUs: they must outlive this process
-    # if it is killed while the trainers live on.
-    child = subprocess.Popen(command, env=environment, close_fds=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, _frame: child.send_signal(number))
-    raise SystemExit(child.wait())
 
 
 @app.command(rich_help_panel=STAGES)
@@ -260,7 +260,7 @@ def evaluate(
     _set_threads(threads)
     from study.fidelity.evaluate import evaluate as run
 
-    with _device(gpus):
+    with _alone_with(out), _device(gpus):
         settings = _json(protocol, "--protocol")
         run(samples, reference, settings, out, weights=weights or None, code=code)
 
@@ -294,7 +294,7 @@ def probe(
 ) -> None:
     """Measure a network or targets: norms, robustness, variance, similarity, cost."""
     _set_threads(threads)
-    with _device(gpus):
+    with _alone_with(out), _device(gpus):
         from study.probes.base import probe as run
 
         run(
@@ -512,14 +512,33 @@ def _speak_utf8() -> None:
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line and exit status 2."""
+    """Entry point: a user's mistake is one line and exit status 2.
+
+    A command that was asked to leave, or finds another job at its work, ends with status 75: the
+    same command goes on later.
+    """
     _speak_utf8()
+    # xformers, where it is asked for and built for another torch, warns at length of what one line
+    # of ours says.
+    logging.getLogger("xformers").setLevel(logging.ERROR)
+    with processing.own_environment():
+        processing.join()
+        processing.leave_when_asked()
+        sys.exit(_run())
+
+
+def _say(text: object) -> None:
+    for line in str(text).splitlines():
+        print(f"study: {line}", file=sys.stderr)
+
+
+def _run() -> int:
+    """The exit status of the command."""
     try:
-        app(standalone_mode=False)
+        return app(standalone_mode=False) or 0  # typer returns 130 after Ctrl-C
     except UserError as error:
-        for line in str(error).splitlines():
-            print(f"study: {line}", file=sys.stderr)
-        sys.exit(2)
+        _say(error)
+        return 2
     except typer.BadParameter.__base__ as error:  # UsageError of typer's own copy of click
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
@@ -527,18 +546,19 @@ def main() -> None:
             path = error.ctx.command_path if error.ctx else "study"
             words = error.format_message().rstrip(".")
             print(f"study: {words}; see {path} --help", file=sys.stderr)
-        sys.exit(2)
+        return 2
     except (typer.Abort, KeyboardInterrupt):
-        sys.exit(130)
+        return 130
+    except (Stopped, processing.Asked) as error:
+        _say(error)
+        return processing.STOPPED
     except OSError as error:
         if error.errno not in NO_ROOM | NO_ACCESS:
+            processing.hold_back()
             raise
         where = f"{error.filename}: " if error.filename else ""
-        print(f"study: {where}{os.strerror(error.errno).lower()}", file=sys.stderr)
-        sys.exit(2)
-    except Exception as error:
-        # Told by name: importing the trainer here would cost every verb its imports.
-        if type(error).__name__ != "Interrupted":
-            raise
-        print(f"study: {error}", file=sys.stderr)
-        sys.exit(75)
+        _say(f"{where}{os.strerror(error.errno).lower()}")
+        return 2
+    except Exception:
+        processing.hold_back()
+        raise

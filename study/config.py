@@ -461,7 +461,7 @@ class Machine(Model):
     gpus: int = Field(0, ge=0, description="GPUs of this machine that jobs may use.")
     jobs_per_gpu: int = Field(1, ge=1, description="Jobs that share one GPU.")
     threads: int = Field(1, ge=1, description="CPU threads per training or sampling job.")
-    processes: int = Field(1, ge=1, description="Processes per training (accelerate launch).")
+    processes: int = Field(1, ge=1, description="Processes per training, each with a GPU if any.")
     micro_batch: int | None = Field(
         None, ge=1, description="Images at a time per process; null = the whole share."
     )

@@ -1,22 +1,28 @@
-"""Local GPU slots: two jobs never share a device by accident.
+"""Local GPU slots, and folders that one job at a time works in.
 
 Snakemake counts GPUs but hands out none. A job therefore takes slots here: lock files in a folder
-of this machine, held with ``flock``, which the kernel lets go however the process ends.
+of this machine, held with ``flock``, which the kernel lets go however the process ends. Folders of
+runs may lie on a file system of many machines, where ``flock`` alone is not to be trusted.
 """
 
 import fcntl
+import json
 import os
 import re
+import socket
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from study.files import UserError
+from study.files import Stopped, UserError, sweep
+from study.processes import STOPPED
 
 MASK = "CUDA_VISIBLE_DEVICES"
 HELD = "LONGSKIP_GPUS_HELD_BY"
@@ -81,20 +87,133 @@ def _lock(path: Path, wait: bool) -> IO[bytes] | None:
     return file
 
 
-@contextmanager
-def alone(folder: str | Path) -> Iterator[None]:
-    """Wait until no other process works in ``folder``, and keep others out of it.
+BEAT = 15.0
+"""Seconds between the signs of life that the holder of a folder gives."""
 
-    When a workflow is killed its jobs may live on; the same job, started again, waits here for
-    the first to finish instead of writing beside it.
+SILENT = 120.0
+"""Seconds without one after which a holder on another machine counts as dead."""
+
+PATIENCE = 10.0
+"""Seconds that a job waits for another one which may just be ending."""
+
+
+class Busy(Stopped):
+    """Another living job has the folder."""
+
+
+@contextmanager
+def alone(folder: str | Path, name: str = "lock") -> Iterator[None]:
+    """Keep other processes out of ``folder`` (or, with other names, from one of its files).
+
+    When a workflow is killed its jobs may live on. The same job, started again, does not write
+    beside them, and does not wait for hours on a device that it holds: it raises ``Busy`` unless
+    the other one ends within ``PATIENCE`` seconds.
+
+    The lock is held with ``flock`` by this process and by those that it starts with open files.
+    For file systems where that means nothing on other machines, or nothing at all, the file says
+    who holds it, and its time of change is a sign of life.
     """
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    file = (Path(folder) / "lock").open("ab")
-    os.set_inheritable(file.fileno(), True)  # as with GPU slots
-    with file:
-        with suppress(OSError):  # a file system without flock
-            fcntl.flock(file, fcntl.LOCK_EX)
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + PATIENCE
+    while (file := _claim(path)) is None:
+        if time.monotonic() > end:
+            raise Busy(f"another job has {folder} ({_holder(path)}); this one leaves")
+        time.sleep(0.1)
+    ended = threading.Event()
+    beating = threading.Thread(target=_beat, args=(path, ended), name="study-lock", daemon=True)
+    beating.start()
+    try:
+        sweep(folder)
         yield
+    finally:
+        ended.set()
+        beating.join()
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def _claim(path: Path) -> IO[bytes] | None:
+    """Take the lock file ``path`` unless another living process has it."""
+    file = path.open("a+b")
+    os.set_inheritable(file.fileno(), True)  # as with GPU slots
+    told = True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:  # a file system without flock
+        told = False
+    try:
+        there = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        there = False
+    if not there or _lives(_record(path), told):  # not there: its last holder has removed it
+        file.close()
+        return None
+    file.truncate(0)
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
+    file.write(json.dumps(own).encode())
+    file.flush()
+    return file
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """Who holds a lock file, and ``seen``, when it last gave a sign of life; empty if none says."""
+    try:
+        record = json.loads(path.read_bytes())
+        return {**record, "pid": int(record["pid"]), "seen": path.stat().st_mtime}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _lives(record: dict[str, Any], told: bool) -> bool:
+    """Whether the holder may be alive; ``told``: ``flock`` knows of none on this machine."""
+    if not record or time.time() - record["seen"] > SILENT:
+        return False
+    if record.get("host") != socket.gethostname():
+        return True
+    if told:
+        return False
+    try:
+        os.kill(record["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _holder(path: Path) -> str:
+    record = _record(path)
+    if not record:
+        return "it is locked"
+    text = f"process {record['pid']} on {record.get('host')}"
+    if record.get("host") != socket.gethostname():
+        silent = max(0, round(time.time() - record["seen"]))
+        text += (
+            f", which gave a sign of life {silent} s ago; it counts as dead after {SILENT:.0f} s"
+        )
+    return text
+
+
+def _beat(path: Path, ended: threading.Event) -> None:
+    """Give signs of life; end this process where somebody else has taken the lock."""
+    own = path.read_bytes()
+    while not ended.wait(BEAT):
+        try:
+            lost = path.read_bytes() != own
+            if not lost:
+                os.utime(path)
+        except FileNotFoundError:
+            lost = True
+        except OSError:  # a file server that is away for a moment
+            continue
+        if lost:
+            print(f"study: {path} was taken or removed; this job leaves", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(STOPPED)
 
 
 @contextmanager

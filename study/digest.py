@@ -30,6 +30,7 @@ DECLARATIONS = frozenset(
         ".digest",
         ".files",
         ".plan",
+        ".processes",
         ".progress",
         ".provenance",
         ".sources",

@@ -1,16 +1,24 @@
 """Files appear whole or not at all; users' mistakes are one line."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
+import socket
 import tempfile
+import time
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+ABANDONED = 86400.0
+"""Seconds without a change after which what another machine was writing counts as left behind."""
 
 
 class UserError(Exception):
@@ -54,28 +62,74 @@ def _refusal(path: Path, error: Exception) -> OSError | None:
     return error if error.errno in NO_ROOM else None
 
 
+class Stopped(Exception):
+    """A command that left before its end and lost nothing: the same command goes on."""
+
+
+def _writing() -> str:
+    """What the names of this machine's temporary folders have in common."""
+    return f".writing-{zlib.crc32(socket.gethostname().encode()):08x}-"
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what killed writers left half-written in ``folder``.
+
+    A living writer holds a lock on its temporary folder. Where that tells nothing (a writer on
+    another machine, a file system without ``flock``), only what has not changed for a day goes.
+    """
+    for left in Path(folder).glob(".*.writing-*"):
+        with suppress(OSError):  # its writer has just finished, or holds it
+            handle = os.open(left, os.O_RDONLY)
+            try:
+                dead = _writing() in left.name
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    dead = False
+                changed = max(path.stat().st_mtime for path in (left, *left.iterdir()))
+                if dead or time.time() - changed > ABANDONED:
+                    shutil.rmtree(left)
+            finally:
+                os.close(handle)
+
+
+def _temporary_folder(path: Path) -> tuple[Path, int]:
+    """A new folder beside ``path`` that `sweep` leaves alone, and the descriptor that holds it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}{_writing()}"))
+        with suppress(FileNotFoundError):  # swept before it was held
+            handle = os.open(folder, os.O_RDONLY)
+            with suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, handle
+            os.close(handle)
+
+
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is fsynced and renamed to ``path``.
+    """Yield a path of the same name to write to; on success it is fsynced and becomes ``path``.
 
-    On an exception the temporary file is removed and ``path`` keeps its former content. Raises
-    ``UserError`` where the folder cannot be written to, or the disk is full.
+    It lies in a temporary folder beside ``path``, so that what libraries write beside it goes with
+    it. On an exception the folder is removed and ``path`` keeps its former content; what a killed
+    process left is removed by the next one that writes there. Raises ``UserError`` where the folder
+    cannot be written to, or the disk is full.
     """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix
-        )
+        sweep(path.parent)
+        temporary_folder, handle = _temporary_folder(path)
     except OSError as error:
         raise unwritable(path, error) from None
-    os.close(handle)
-    temporary = Path(name)
+    temporary = temporary_folder / path.name
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes files private; the result follows the user's umask like any other file.
+        # Some libraries make files private; the result follows the umask like any other file.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -90,7 +144,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
             raise unwritable(path, refusal) from None
         raise
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(temporary_folder, ignore_errors=True)
+        os.close(handle)
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

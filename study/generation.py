@@ -22,6 +22,7 @@ from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network
 from study.pictures import in_order, tile
+from study.processes import own_environment
 from study.provenance import Stopwatch, provenance
 from study.trained import BrokenWeights, denoiser_of, load_weights
 
@@ -100,7 +101,7 @@ class _Parts:
         return read_json(note) if note.exists() else 0.0
 
     def clear(self) -> None:
-        for path in self.folder.glob("*"):
+        for path in self.folder.glob("[!.]*"):
             path.unlink()
 
 
@@ -189,8 +190,8 @@ def generate(
     if status["status"] == "diverged":
         word = f"diverged at step {status['step']}"
         return _skip(out, archive, facts, word, f"training {word}: {status['reason']}")
-    accelerator = Accelerator(cpu=not torch.cuda.is_available() or None)
-    device = accelerator.device
+    with own_environment():
+        device = Accelerator(cpu=not torch.cuda.is_available() or None).device
     check_attention(spec["training"]["attention"], device)
     decoder = _decoder(protocol, archive)
     if decoder is not None:

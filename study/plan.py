@@ -595,7 +595,8 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
         )
         sources = ", ".join(dict.fromkeys(row.source for row in todo))
         disk = _amount(_sum(row.disk for row in rows), BYTES)
-        lines.append(f"Times: {sources}. Disk: {disk}")
+        states = _amount(_sum(row.network and 16.0 * row.network.parameters for row in rows), BYTES)
+        lines.append(f"Times: {sources}. Disk: {disk}, checkpoints {states} of it")
     elif todo:
         lines.append(f"{steps:,} steps; no estimate of the time for {len(todo) - len(known)} runs")
     problems = [unsupported(row.run.spec) for row in rows]

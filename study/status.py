@@ -195,6 +195,18 @@ def summary(study: Study, found: list[State]) -> str:
     return f"{study.study}: {len(found)} runs: {', '.join(parts)}"
 
 
+def checkpoints(study: Study, results: Path = Path("results")) -> str:
+    """What the checkpoints of a study take on disk, for people; empty where there are none."""
+    runs = results / study.study / "runs"
+    sizes = [path.stat().st_size for path in runs.glob("*/state/checkpoint*.pt")]
+    if not sizes:
+        return ""
+    return (
+        f"{len(sizes)} checkpoints take {sum(sizes) / 1e6:,.1f} MB under {runs}/*/state; a "
+        "finished run needs its own only to write lost weights again without training"
+    )
+
+
 def show(
     config: str | Path = "config.yaml",
     watch: bool = False,
@@ -217,7 +229,9 @@ def show(
         if watch:  # a screen shows what moves; the finished and the missing are in the summary
             moving = [one for one in found if one.state not in ("done", "missing")]
             return Group(_table(study, moving[: max(console.height - 4, 1)]), summary(study, found))
-        return Group(_table(study, found), Text(summary(study, found)))
+        return Group(
+            _table(study, found), Text(summary(study, found)), Text(checkpoints(study, results))
+        )
 
     if not watch:
         console.print(picture())

@@ -1,5 +1,6 @@
-"""GPU slots: never shared by accident, never leaked."""
+"""GPU slots: never shared by accident, never leaked. Folders: one living job in each."""
 
+import json
 import os
 import signal
 import subprocess
@@ -133,6 +134,120 @@ def test_a_folder_is_for_one_process_at_a_time(tmp_path):
     jobs = [subprocess.Popen(command, cwd=root) for _ in range(3)]
     assert [job.wait(20) for job in jobs] == [0, 0, 0]
     assert (tmp_path / "log").read_text() == "+-+-+-"
+
+
+HOLDER = """
+import sys, time
+from study import devices
+devices.BEAT = 0.05
+with devices.alone(sys.argv[1]):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A living process that has the folder ``state``."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path / "state")],
+        cwd=Path(devices.__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(devices, "PATIENCE", 0.2)
+
+
+def enter(folder: Path) -> None:
+    with devices.alone(folder):
+        pass
+
+
+def test_a_job_leaves_at_once_while_another_one_lives_and_not_when_it_is_dead(
+    tmp_path, holder, impatient
+):
+    state = tmp_path / "state"
+    with pytest.raises(
+        devices.Busy, match=rf"has .*state \(process {holder.pid} on .*\); this one"
+    ):
+        enter(state)
+    holder.kill()
+    holder.wait()
+    assert (state / "lock").exists()
+    enter(state)
+    assert list(state.iterdir()) == []
+
+
+def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
+    """The lock comes first: with the only device taken, the job leaves all the same."""
+    program = (
+        "from study import devices; devices.PATIENCE = 0.2; from study.cli import main; main()"
+    )
+    arguments = ["generate", "--run-dir", str(tmp_path), "--protocol", "{}", "--gpus", "1"]
+    arguments += ["--data", "none.zip", "--out", str(tmp_path / "generate")]
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    slots = temporary / f"longskip-gpus-{os.getuid()}"
+    with devices.acquire(1, slots, devices=["5"]):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=Path(devices.__file__).parents[1],
+            env={**os.environ, devices.MASK: "5", "TMPDIR": str(temporary), devices.HELD: ""},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 75
+    assert done.stderr.startswith("study: another job has ")
+    assert done.stderr.count("\n") == 1
+
+
+def record(folder: Path, host: str, pid: int, silent: float = 0.0) -> None:
+    """What a holder leaves whose ``flock`` is not seen here."""
+    folder.mkdir(exist_ok=True)
+    lock = folder / "lock"
+    lock.write_text(json.dumps({"host": host, "pid": pid, "since": 0.0}))
+    os.utime(lock, (time.time() - silent, time.time() - silent))
+
+
+def test_a_holder_on_another_machine_counts_while_it_gives_signs_of_life(tmp_path, impatient):
+    record(tmp_path, "elsewhere", 1, silent=60)
+    with pytest.raises(devices.Busy, match=r"process 1 on elsewhere, .* 60 s ago; .* after 120 s"):
+        enter(tmp_path)
+    record(tmp_path, "elsewhere", 1, silent=devices.SILENT + 1)
+    enter(tmp_path)
+    (tmp_path / "lock").write_text("not a record")
+    enter(tmp_path)
+
+
+def test_without_flock_the_record_tells(tmp_path, impatient, monkeypatch):
+    def absent(*_arguments):
+        raise OSError("no locks here")
+
+    monkeypatch.setattr(devices.fcntl, "flock", absent)
+    here = devices.socket.gethostname()
+    record(tmp_path, here, os.getpid())
+    with pytest.raises(devices.Busy):
+        enter(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    record(tmp_path, here, dead.pid)
+    enter(tmp_path)
+
+
+def test_a_holder_whose_lock_was_taken_leaves(tmp_path, holder):
+    record(tmp_path / "state", "elsewhere", 1)
+    assert holder.wait(20) == 75
+    assert "was taken or removed; this job leaves" in holder.stderr.read()
 
 
 def test_cpu_job_sees_no_device(tmp_path, monkeypatch):

@@ -418,3 +418,19 @@ def test_failure_names_the_log_and_its_last_lines(tmp_path, capsys):
 )
 def test_durations(seconds, text):
     assert progress.duration(seconds) == text
+
+
+def test_status_and_plan_say_what_checkpoints_take(study, tmp_path):
+    assert status.checkpoints(study, tmp_path) == ""
+    for name in ("checkpoint.pt", "checkpoint.1.pt"):
+        path = tmp_path / study.study / "runs/a/state" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1_500_000))
+    said = status.checkpoints(study, tmp_path)
+    assert said.startswith(
+        f"2 checkpoints take 3.0 MB under {tmp_path}/{study.study}/runs/*/state;"
+    )
+    rows = plan.plan(study, tmp_path, counting=True)
+    parameters = sum(row.network.parameters for row in rows)
+    last = plan.summary(study, rows)[-1]
+    assert f", checkpoints {16 * parameters / 1e6:.3g} MB of it" in last

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -126,7 +127,8 @@ def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, data):
     assert contents(tmp_path / "whole/train") == contents(tmp_path / "k/train")
 
 
-def test_sigterm_saves_a_checkpoint_and_leaves(tmp_path, data):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
+def test_a_signal_saves_a_checkpoint_and_leaves(tmp_path, data, name):
     command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(spec(steps=100000))]
     command += ["--data", str(data), "--out", str(tmp_path / "k/train"), "--threads", "1"]
     command += ["--state", str(tmp_path / "k/state")]
@@ -134,10 +136,10 @@ def test_sigterm_saves_a_checkpoint_and_leaves(tmp_path, data):
     deadline = time.monotonic() + 60
     while not (tmp_path / "k/state/progress.json").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(getattr(signal, name))
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert "stopped by SIGTERM at step" in errors
+    assert f"stopped by {name} at step" in errors
     assert (tmp_path / "k/state/checkpoint.pt").exists()
 
 
@@ -147,6 +149,28 @@ def test_a_checkpoint_of_other_settings_is_set_aside_not_used(tmp_path, data, ca
     assert status["step"] == 6
     assert "resumed" not in capsys.readouterr().out.split("set aside as checkpoint.1.pt")[1]
     assert (tmp_path / "a/state/checkpoint.1.pt").exists()
+
+
+def test_the_newest_checkpoint_set_aside_is_kept_and_taken_back(tmp_path, data, capsys):
+    state, stop = tmp_path / "a/state", tmp_path / "stop"
+
+    def step_of(code: str) -> int:
+        with pytest.raises(Interrupted) as interrupted:
+            run(tmp_path, data, spec(), "a", code=code, stop_file=stop)
+        return int(re.search(r"at step (\d+)", str(interrupted.value))[1])
+
+    stop.touch()
+    assert [step_of("old"), step_of("new"), step_of("old"), step_of("new")] == [1, 1, 2, 2]
+    assert (
+        "checkpoint.1.pt is of these settings, code and data; taken back" in capsys.readouterr().out
+    )
+    assert len(list(state.glob("checkpoint.*.pt"))) == 1
+    assert [step_of("third"), step_of("fourth")] == [1, 1]
+    assert "set aside later, is kept" in capsys.readouterr().out
+    assert len(list(state.glob("checkpoint.*.pt"))) == 1
+    # Killed between the two renames: nothing is lost.
+    (state / "checkpoint.pt").rename(state / "checkpoint.7.pt")
+    assert step_of("fourth") == 2
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, data):

@@ -44,6 +44,7 @@ from tqdm import tqdm
 from study.arms import models
 from study.probes.base import ArmSubject, Measured
 from study.probes.options import StabilityFrontier
+from study.processes import STOP_SIGNALS
 from study.training import Interrupted, train
 
 RESIDENT_MIB = 64
@@ -53,8 +54,7 @@ RESIDENT_MIB = 64
 @contextmanager
 def _own_handlers() -> Iterator[None]:
     """Give the process back its handlers of the signals that the trainer listens to."""
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.getsignal(number) for number in numbers}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """Resumable state of a run, in a folder that the workflow does not own."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from study.files import UserError, atomic, canonical_json
 
 NAME = "checkpoint.pt"
+ASIDE = "checkpoint.*.pt"
 
 
 def save(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
@@ -19,24 +21,44 @@ def save(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
 def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """The saved state if there is one of the same ``identity`` (spec, code, data), else ``None``.
 
-    A checkpoint of another identity is set aside as ``checkpoint.<n>.pt``, never deleted. Only
-    tensors and plain containers are read; nothing in the file is executed.
+    A checkpoint of another identity is set aside as ``checkpoint.<n>.pt``, and taken back when its
+    identity is asked for again; only the newest of those set aside is kept. Only tensors and plain
+    containers are read; nothing in the file is executed.
     """
-    path = folder / NAME
-    if not path.exists():
-        return None
+    path, wanted = folder / NAME, canonical_json(identity)
+    if path.exists():
+        state = _read(path)
+        if state.pop("identity") == wanted:
+            return state
+    state, found = None, None
+    for aside in folder.glob(ASIDE):
+        with suppress(UserError):
+            state = _read(aside)
+            if state.pop("identity") == wanted:
+                found = aside
+                break
+    if path.exists():
+        number = 1
+        while (aside := path.with_name(ASIDE.replace("*", str(number)))).exists():
+            number += 1
+        path.rename(aside)
+        why = "made with other settings, code or data; set aside as"
+        print(f"{path}: {why} {aside.name}", flush=True)
+    if found is not None:
+        found.rename(path)
+        print(f"{path}: {found.name} is of these settings, code and data; taken back", flush=True)
+    by_age = sorted(folder.glob(ASIDE), key=lambda aside: aside.stat().st_mtime)
+    for older in by_age[:-1]:
+        older.unlink()
+        print(f"{older}: removed; {by_age[-1].name}, set aside later, is kept", flush=True)
+    return state if found is not None else None
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{path}: the checkpoint cannot be read ({reason}); move it away to start anew"
         ) from None
-    if state.pop("identity") == canonical_json(identity):
-        return state
-    number = 1
-    while (aside := path.with_name(f"checkpoint.{number}.pt")).exists():
-        number += 1
-    path.rename(aside)
-    print(f"{path}: made with other settings, code or data; set aside as {aside.name}", flush=True)
-    return None

@@ -23,8 +23,9 @@ from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
 from study.diffusion import formulations
 from study.diffusion.stf import StableTarget, reference_batch
-from study.files import UserError, atomic, sha256, write_json
+from study.files import Stopped, UserError, atomic, sha256, write_json
 from study.network import SplitNetwork, arithmetic, build_network, networks_of
+from study.processes import listen, meet, own_environment
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator, seed_of
 from study.training import checkpoint
@@ -36,17 +37,16 @@ FP16_SKIPS = 20
 """Steps in a row that fp16's loss scaling may skip before the run counts as diverged."""
 
 
-class Interrupted(Exception):
+class Interrupted(Stopped):
     """Asked to stop; a checkpoint was written and the same command resumes."""
 
 
 class _Signals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 (sent by schedulers before a time limit)."""
+    """Notes the signals that ask to stop."""
 
     def __init__(self) -> None:
         self.received: str | None = None
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        listen(self._note)
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
@@ -148,11 +148,12 @@ def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimiz
 def _accelerator(precision: str, idle_parameters: bool) -> Accelerator:
     mixed = {"fp32": "no", "tf32": "no"}.get(precision, precision)
     distributed = DistributedDataParallelKwargs(find_unused_parameters=idle_parameters)
-    accelerator = Accelerator(
-        mixed_precision=mixed,
-        cpu=not torch.cuda.is_available() or None,
-        kwargs_handlers=[distributed],
-    )
+    gpu = torch.cuda.is_available()
+    with own_environment():
+        meet("nccl" if gpu else "gloo")
+        accelerator = Accelerator(
+            mixed_precision=mixed, cpu=not gpu or None, kwargs_handlers=[distributed]
+        )
     if precision == "fp16" and accelerator.device.type != "cuda":
         raise UserError(
             f"training.precision: fp16 needs a GPU, but this job runs on "
@@ -316,7 +317,8 @@ class Trainer:
         self.dynamics.columns, self.timing.columns = state["dynamics"], state["timing"]
         self.losses = state["losses"]
         self.by_noise.sums, self.by_noise.counts = state["by_noise"]
-        print(f"resumed at step {self.step} of {self.steps}", flush=True)
+        if self.accelerator.is_main_process:
+            print(f"resumed at step {self.step} of {self.steps}", flush=True)
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -487,19 +489,19 @@ def train(
     and ``state`` the folder of its checkpoint. ``machine`` holds settings that only concern
     speed. Returns what ``status.json`` holds; a run that diverges is a result, not an error.
 
-    Raises ``Interrupted`` after SIGTERM, SIGINT, SIGUSR1 or when ``stop_file`` appears (a
+    Raises ``Interrupted`` after SIGTERM, SIGINT, SIGHUP, SIGUSR1 or when ``stop_file`` appears (a
     checkpoint is then written), ``UserError`` for settings that cannot be.
     """
     if threads:
         torch.set_num_threads(threads)
     machine, out, state = machine or {}, Path(out), Path(state)
-    signals = _Signals()
     archive = Archive(data)
     if archive.fits(machine.get("resident_mib", 4096) * 2**20):
         archive.resident()
     trainer = Trainer(spec, archive, state, machine)
     identity = {"spec": canonical(spec), "code": code, "data": archive.sha256}
     trainer.resume(identity)
+    signals = _Signals()  # until here there is nothing to save
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
     main = trainer.accelerator.is_main_process
     steps, start = trainer.steps, trainer.step
@@ -525,6 +527,8 @@ def train(
             due = _agree(trainer, due)
         if asked and reason is None and trainer.step < steps:
             trainer.save(identity)
+            trainer.accelerator.end_training()
+            progress.bar.close()
             raise Interrupted(
                 f"stopped by {asked} at step {trainer.step} of {steps}; the same command resumes"
             )
