@@ -216,6 +216,18 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os._exit(STOPPED)
 
 
+def occupied(folder: str | Path) -> bool:
+    """Whether a living process keeps others out of ``folder`` (``alone``)."""
+    try:
+        with (Path(folder) / "lock").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such folder, or a file system without flock
+        return False
+    return False
+
+
 @contextmanager
 def acquire(
     n: int | None = None,

@@ -11,7 +11,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -64,7 +65,8 @@ class Job:
     """A job that is to run: its rule, its run if it has one, what it writes, what it should cost.
 
     ``kind`` groups jobs that should take equally long (such as one backbone's trainings);
-    ``seconds`` is the first guess of its duration.
+    ``seconds`` is the first guess of its duration. ``submitted`` says that it was handed over to
+    what runs it; a log that is older than ``since`` is that of an earlier attempt.
     """
 
     rule: str
@@ -73,8 +75,18 @@ class Job:
     log: str
     kind: str = ""
     seconds: float = 1.0
+    since: float = 0.0
+    submitted: bool = False
     started: float | None = None
     finished: float | None = None
+
+    def submit(self, now: float) -> None:
+        """It is handed over, for the first time or again."""
+        self.submitted, self.since, self.started = True, now, None
+
+    def begun(self) -> bool:
+        """Whether its log has appeared since it was handed over."""
+        return _fresh(self.log, self.since) is not None
 
 
 def _fresh(path: str, since: float) -> float | None:
@@ -106,7 +118,8 @@ class Progress:
     """The state of a set of jobs, brought up to date from files by ``look``.
 
     ``totals`` counts the jobs of each rule in the whole study, finished ones included; ``slots``
-    is how many run at a time; ``begun`` the time since when outputs count as fresh.
+    is how many run at a time, ``None`` where a cluster's queue decides and nobody can say how long
+    anything will take; ``begun`` the time since when outputs count as fresh.
     """
 
     def __init__(
@@ -114,10 +127,12 @@ class Progress:
         results: str | Path,
         jobs: Iterable[Job],
         totals: Mapping[str, int],
-        slots: int,
+        slots: int | None,
         begun: float,
     ) -> None:
         self.results, self.jobs, self.slots, self.begun = Path(results), list(jobs), slots, begun
+        for job in self.jobs:
+            job.since = max(job.since, begun)
         self.before: dict[str, int] = defaultdict(int)  # done before this start
         self.totals: dict[str, int] = defaultdict(int)
         for rule, count in totals.items():
@@ -131,7 +146,7 @@ class Progress:
         for job in self.jobs:
             if job.finished is not None:
                 continue
-            if job.started is None and _fresh(job.log, self.begun) is not None:
+            if job.started is None and job.begun():
                 job.started = now
             job.finished = _fresh(job.output, self.begun)
             if job.finished is not None and job.started is None:
@@ -197,7 +212,16 @@ class Progress:
 
     def line(self, now: float) -> str:
         """Where the study stands, for people."""
+        elapsed = f"{duration(now - self.begun)} elapsed"
+        if self.slots is None:
+            return f"{self._counts(self._at_work())} | {elapsed}"
         groups, whole, share = self.left(now)
+        left = {group: f"{duration(seconds)} left" for group, seconds in groups.items()}
+        text = f"{self._counts(left)} | {100 * share:.0f} % | {elapsed}"
+        return text + (f", about {duration(whole)} left" if whole else "")
+
+    def _counts(self, remarks: Mapping[str, str]) -> str:
+        """How many jobs of every group are done, with a remark on those that are not all done."""
         finished: dict[str, int] = defaultdict(int)
         for job in self.jobs:
             finished[GROUPS.get(job.rule, job.rule)] += job.finished is not None
@@ -207,17 +231,29 @@ class Progress:
                 continue
             count = self.before[group] + finished[group]
             part = f"{group} {count}/{self.totals[group]}"
-            if count < self.totals[group]:
-                part += f" ({duration(groups.get(group, 0.0))} left)"
+            if count < self.totals[group] and remarks.get(group):
+                part += f" ({remarks[group]})"
             parts.append(part)
-        text = f"{' · '.join(parts)} | {100 * share:.0f} % | {duration(now - self.begun)} elapsed"
-        return text + (f", about {duration(whole)} left" if whole else "")
+        return " · ".join(parts)
+
+    def _at_work(self) -> dict[str, str]:
+        """What is known of the jobs that a cluster has: who has begun, who waits in its queue."""
+        count: dict[str, dict[str, int]] = defaultdict(lambda: {"running": 0, "queued": 0})
+        for job in self.jobs:
+            if job.submitted and job.finished is None:
+                state = "queued" if job.started is None else "running"
+                count[GROUPS.get(job.rule, job.rule)][state] += 1
+        return {
+            group: ", ".join(f"{number} {state}" for state, number in states.items() if number)
+            for group, states in count.items()
+        }
 
     def counts(self) -> tuple[int, ...]:
-        """Changes whenever a job starts or ends."""
-        return tuple(
-            sum(1 for job in self.jobs if at(job) is not None)
-            for at in (lambda job: job.started, lambda job: job.finished)
+        """Changes whenever a job is handed over, starts or ends."""
+        return (
+            sum(job.submitted for job in self.jobs),
+            sum(job.started is not None for job in self.jobs),
+            sum(job.finished is not None for job in self.jobs),
         )
 
 
@@ -231,12 +267,23 @@ def read_progress(run_folder: Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and all(key in facts for key in wanted) else None
 
 
+def kept(run_folder: Path) -> int:
+    """A number that grows whenever a run has kept more of its work: a checkpoint, some samples."""
+    state, times = run_folder / "state", [0]
+    for path in (state / "checkpoint.pt", *(state / "generate").glob("*.npy")):
+        with suppress(OSError):
+            times.append(path.stat().st_mtime_ns)
+    return max(times)
+
+
 class _Watcher(threading.Thread):
     """Writes a line when something has changed, and now and then when nothing has."""
 
-    def __init__(self, progress: Progress, stream: TextIO) -> None:
+    def __init__(
+        self, progress: Progress, stream: TextIO, tend: Callable[[], None] | None = None
+    ) -> None:
         super().__init__(name="study-progress", daemon=True)
-        self.progress, self.stream = progress, stream
+        self.progress, self.stream, self.tend = progress, stream, tend
         self.ended = threading.Event()
 
     def run(self) -> None:
@@ -244,6 +291,8 @@ class _Watcher(threading.Thread):
         while not self.ended.wait(1.0 if len(self.progress.jobs) < 1000 else 5.0):
             now = time.time()
             self.progress.look(now)
+            if self.tend is not None:
+                self.tend()
             counts = self.progress.counts()
             # Long studies get few lines: every ten seconds at first, every five minutes at last.
             quiet = min(max(10.0, (now - self.progress.begun) / 30), 300.0)
@@ -264,12 +313,16 @@ def start(
     results: str | Path,
     jobs: Iterable[Job],
     totals: Mapping[str, int],
-    slots: int,
+    slots: int | None,
     stop_file: str | Path = STOP_FILE,
+    tend: Callable[[], None] | None = None,
 ) -> None:
-    """Withdraw an old request to stop, and report on ``jobs`` until ``stop``."""
+    """Withdraw an old request to stop, and report on ``jobs`` until ``stop``.
+
+    ``tend`` is called again and again meanwhile.
+    """
     Path(stop_file).unlink(missing_ok=True)
-    watcher = _Watcher(Progress(results, jobs, totals, slots, time.time()), sys.stderr)
+    watcher = _Watcher(Progress(results, jobs, totals, slots, time.time()), sys.stderr, tend)
     _watchers.append(watcher)
     watcher.start()
 
@@ -310,27 +363,59 @@ def remember(path: str | Path, content: Any) -> None:
     write_json(path, content)
 
 
-def explain_failure(results: str | Path, stop_file: str | Path, logs: Iterable[str] = ()) -> None:
-    """What went wrong, for people: whether a stop was asked for, else where to read on."""
+@dataclass
+class Failure:
+    """A failed job: its log, whether that was begun, and what a cluster said, in words and logs."""
+
+    log: str
+    begun: bool = True
+    said: str = ""
+    logs: Sequence[str] = ()
+
+
+def explain_failure(
+    results: str | Path, stop_file: str | Path, failures: Iterable[str | Failure] = ()
+) -> None:
+    """What went wrong, for people: whether a stop was asked for, else where to read on.
+
+    Where the log of a job says nothing, that of the cluster is shown.
+    """
     if Path(stop_file).exists():
         print("study: stopped as asked; the same command goes on from there", file=sys.stderr)
         return
     if os.path.isdir(results) and shutil.disk_usage(results).free < 1 << 20:
         # Logs could not say so.
         print(f"study: {results}: less than 1 MiB is left on this disk", file=sys.stderr)
-    logs = list(logs)
-    for log in logs[:10]:
-        print(f"study: failed, see {log}", file=sys.stderr)
-        for line in _last_lines(log):
-            print(f"study:   {line}", file=sys.stderr)
-    if len(logs) > 10:
-        print(f"study: and {len(logs) - 10} more under {results}/", file=sys.stderr)
+    failures = [Failure(one) if isinstance(one, str) else one for one in failures]
+    for failure in failures[:10]:
+        for line in _explain(failure):
+            print(f"study: {line}", file=sys.stderr)
+    if len(failures) > 10:
+        print(f"study: and {len(failures) - 10} more under {results}/", file=sys.stderr)
     print("study: what is finished stays; the same command goes on from there", file=sys.stderr)
+
+
+def _explain(failure: Failure) -> Iterator[str]:
+    lines = _last_lines(failure.log) if failure.begun else []
+    if lines:
+        yield f"failed, see {failure.log}"
+    elif failure.begun:
+        yield f"failed; {failure.log} is empty"
+    else:
+        yield f"failed before it began {failure.log}"
+    yield from (f"  {line}" for line in lines)
+    if failure.said:
+        yield f"  {failure.said}"
+    for log in failure.logs:
+        others = _last_lines(log)
+        if others:
+            yield f"  see {'also ' if lines else ''}{log}"
+            yield from (f"  {line}" for line in others if not lines)
 
 
 def _last_lines(path: str | Path, count: int = 3) -> list[str]:
     try:
-        text = Path(path).read_text(errors="replace", encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
     return [line[-300:] for line in text.splitlines() if line.strip()][-count:]

@@ -392,6 +392,39 @@ def test_thread_ends_with_the_study(tmp_path, capsys):
     assert not progress._watchers
 
 
+def test_line_of_a_cluster_says_what_is_known_and_guesses_nothing(tmp_path):
+    jobs = [job(tmp_path, "train", number) for number in range(4)]
+    watched = progress.Progress(tmp_path, jobs, {"train": 5, "evaluate": 5}, None, NOW)
+    assert watched.line(NOW) == "train 1/5 · evaluate 5/5 | 0:00 elapsed"
+    for one in jobs[:3]:
+        one.submit(NOW)
+    touch(jobs[0].log, NOW + 5)
+    touch(jobs[1].log, NOW + 5)
+    touch(jobs[1].output, NOW + 9)
+    watched.look(NOW + 10)
+    assert watched.line(NOW + 10) == "train 2/5 (1 running, 1 queued) · evaluate 5/5 | 0:10 elapsed"
+    # A job that is handed over again waits again: its log is that of the attempt before.
+    jobs[0].submit(NOW + 20)
+    watched.look(NOW + 21)
+    assert "(2 queued)" in watched.line(NOW + 21)
+    touch(jobs[0].log, NOW + 30)
+    watched.look(NOW + 31)
+    assert "(1 running, 1 queued)" in watched.line(NOW + 31)
+
+
+def test_work_that_a_run_has_kept(tmp_path):
+    assert progress.kept(tmp_path) == 0
+    (tmp_path / "state/generate").mkdir(parents=True)
+    touch(str(tmp_path / "state/checkpoint.pt"), NOW)
+    first = progress.kept(tmp_path)
+    assert first > 0
+    write_progress(tmp_path)  # a step that no checkpoint holds
+    touch(str(tmp_path / "state/lock"), NOW + 1)
+    assert progress.kept(tmp_path) == first
+    touch(str(tmp_path / "state/generate/00000000.npy"), NOW + 2)
+    assert progress.kept(tmp_path) > first
+
+
 def test_manifest_is_written_only_when_it_changes(tmp_path):
     path = tmp_path / "study.json"
     progress.remember(path, {"a": [1]})
@@ -410,6 +443,31 @@ def test_failure_names_the_log_and_its_last_lines(tmp_path, capsys):
     assert f"study: failed, see {log}" in said
     assert "study:   study: no space left" in said
     assert "goes on" in said
+
+
+def test_failure_without_a_word_shows_what_the_cluster_says(tmp_path, capsys):
+    log, cluster = tmp_path / "train.log", tmp_path / "7.log"
+    cluster.write_text("slurmstepd: error: Detected 1 oom_kill event\n")
+    told = ("job 7 failed, status OUT_OF_MEMORY", [str(cluster)])
+    for begun, text in ((False, ""), (False, "of an earlier attempt"), (True, "")):
+        log.write_text(text)
+        failure = progress.Failure(str(log), begun, *told)
+        progress.explain_failure(tmp_path, tmp_path / ".stop", [failure])
+        said = capsys.readouterr().err
+        assert (f"failed; {log} is empty" if begun else f"failed before it began {log}") in said
+        assert "earlier" not in said
+        assert "study:   job 7 failed, status OUT_OF_MEMORY" in said
+        assert f"see {cluster}" in said
+        assert "study:   slurmstepd: error: Detected 1 oom_kill event" in said
+    log.write_text("study: no space left\n")
+    progress.explain_failure(
+        tmp_path, tmp_path / ".stop", [progress.Failure(str(log), True, *told)]
+    )
+    said = capsys.readouterr().err
+    assert f"see {log}" in said
+    assert "study:   study: no space left" in said
+    assert f"see also {cluster}" in said
+    assert "oom_kill" not in said
 
 
 @pytest.mark.parametrize(

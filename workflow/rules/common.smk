@@ -385,9 +385,9 @@ def expected(job):
 
 
 def slots():
-    """How many jobs run at a time."""
+    """How many jobs run at a time; None where a cluster's queue decides."""
     if workflow.nodes is not None:
-        return workflow.nodes
+        return None
     if GPUS:
         return workflow.global_resources["gpu"].value
     return max(1, workflow.cores // (STUDY.machine.threads * STUDY.machine.processes))
@@ -439,12 +439,15 @@ onstart:
     if workflow.nodes is not None:
         hand_to_jobs()
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
+    jobs = {job: expected(job) for job in workflow.dag.needrun_jobs() if job.output}
+    take_over(workflow.scheduler, jobs)
     progress.start(
         RESULTS,
-        [expected(job) for job in workflow.dag.needrun_jobs() if job.output],
+        jobs.values(),
         Counter(job.rule.name for job in workflow.dag.jobs if job.output),
         slots(),
         STOP_FILE,
+        workflow.scheduler.tend,
     )
 
 
@@ -456,5 +459,4 @@ onsuccess:
 
 onerror:
     progress.stop()
-    failed = sorted(getattr(workflow.scheduler, "failed", ()), key=str)
-    progress.explain_failure(RESULTS, STOP_FILE, [str(job.log[0]) for job in failed if job.log])
+    progress.explain_failure(RESULTS, STOP_FILE, workflow.scheduler.failures())

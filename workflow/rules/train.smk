@@ -1,6 +1,7 @@
 # One run of one arm. Its resumable state lies in a folder that is no declared output, so that it
 # outlives a failed job; status.json is written last. The weights of an arm that names an official
-# checkpoint are imported instead.
+# checkpoint are imported instead. (exec: a signal that reaches all processes of a job would end a
+# shell at once, and with it the job, while the trainer still saves.)
 
 
 rule train:
@@ -15,7 +16,6 @@ rule train:
         timing=f"{RUN}/train/timing.parquet",
     log:
         f"{RUN}/logs/train.log",
-    retries: 2
     conda:
         "../../envs/compute.yaml"
     threads: STUDY.machine.threads * STUDY.machine.processes
@@ -31,4 +31,4 @@ rule train:
         code=training_code,
         stop_file=STOP_FILE,
     shell:
-        "python -m study train --spec {params.spec:q} --code {params.code} --machine {resources.machine:q} --checkpoint={resources.source:q} --data {input.data} --out {params.out} --state {params.state} --stop-file {params.stop_file} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+        "exec python -m study train --spec {params.spec:q} --code {params.code} --machine {resources.machine:q} --checkpoint={resources.source:q} --data {input.data} --out {params.out} --state {params.state} --stop-file {params.stop_file} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
