@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from study.files import UserError
+from study.files import UserError, parse_json, printable, read_json
 from study.probes import PROBES
 
 app = typer.Typer(
@@ -46,15 +46,12 @@ Config = Annotated[Path, typer.Option("--config", "--configfile", help="The stud
 
 def _json(text: str, option: str) -> dict[str, Any]:
     """Read an option that is JSON or the path of a JSON file."""
-    if not text.lstrip().startswith("{"):
-        path = Path(text)
-        if not path.is_file():
-            raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
-        text = path.read_text()
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{option}: not valid JSON ({error})") from None
+    if text.lstrip().startswith("{"):
+        value = parse_json(text, option)
+    elif os.path.isfile(text):
+        value = read_json(text)
+    else:
+        raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
     if not isinstance(value, dict):
         raise UserError(f"{option}: expected a JSON object; got {type(value).__name__}")
     return value
@@ -91,9 +88,12 @@ def convert(
     on_error: Annotated[str, typer.Option(help="Broken images: fail or skip.")] = "fail",
 ) -> None:
     """Convert a source of images to a data set archive."""
+    from study.config import Dataset, check
     from study.data.convert import convert as run
 
     settings = _json(spec, "--spec")
+    assumed = {"name": settings.get("source"), "path": source_path or "-"}
+    check(Dataset, assumed | settings, "--spec: ")
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
     print(json.dumps(summary, indent=1, default=str))
 
@@ -152,7 +152,11 @@ def train(
     """
     if stop_file is not None and stop_file.exists():
         raise UserError(f"{stop_file} asks trainings to stop; delete it to go on")
-    described, settings = _json(spec, "--spec"), _json(machine, "--machine")
+    from study.arms import complete
+    from study.config import Machine, check
+
+    described, settings = complete(_json(spec, "--spec")), _json(machine, "--machine")
+    check(Machine, settings, "--machine: ")
     if "checkpoint" in described:
         with _alone(state):
             _take_weights(described, checkpoint, data, out, code)
@@ -162,11 +166,10 @@ def train(
     with _alone(state), _device(gpus):
         if processes > 1 and "LOCAL_RANK" not in os.environ:
             _launch(processes, gpus or 0)
-        from study.arms import complete
         from study.training import train as run
 
         run(
-            complete(described),
+            described,
             data,
             out,
             state,
@@ -184,12 +187,11 @@ def _take_weights(
 
     A function of its own, so that the importing code is no part of the training code.
     """
-    from study.arms import complete
     from study.importing import import_run
 
     if not checkpoint:
         raise UserError(f"--checkpoint: missing; the spec names {spec['checkpoint']}")
-    import_run(complete(spec), checkpoint, data, out, code=code)
+    import_run(spec, checkpoint, data, out, code=code)
 
 
 def _launch(processes: int, gpus: int) -> None:
@@ -228,14 +230,15 @@ def generate(
 ) -> None:
     """Generate the samples of a trained run."""
     _set_threads(threads)
+    from study.config import Generation, check
+
+    given = _json(protocol, "--protocol")
+    if isinstance(given.get("decoder"), dict):
+        given["decoder"] = {"weights": decoder, **given["decoder"]}
+    settings = check(Generation, given, "--protocol: ").model_dump(mode="json")
     with _alone(run_dir / "state"), _device(gpus):
-        from study.arms import with_defaults
-        from study.config import Generation
         from study.generation import generate as run
 
-        settings = with_defaults(Generation, _json(protocol, "--protocol"))
-        if settings["decoder"] is not None:
-            settings["decoder"] = {"weights": decoder, **settings["decoder"]}
         run(run_dir, settings, data, out, batch=batch, threads=threads, code=code)
 
 
@@ -252,10 +255,12 @@ def evaluate(
 ) -> None:
     """Measure samples against the data set's reference."""
     _set_threads(threads)
+    from study.config import Evaluation, check
     from study.fidelity.evaluate import evaluate as run
 
+    settings = _json(protocol, "--protocol")
+    check(Evaluation, settings, "--protocol: ")
     with _device(gpus):
-        settings = _json(protocol, "--protocol")
         run(samples, reference, settings, out, weights=weights or None, code=code)
 
 
@@ -489,7 +494,7 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except UserError as error:
-        for line in str(error).splitlines():
+        for line in str(error).splitlines() or ["failed without a reason"]:
             print(f"study: {line}", file=sys.stderr)
         sys.exit(2)
     except typer.BadParameter.__base__ as error:  # UsageError of typer's own copy of click
@@ -497,11 +502,19 @@ def main() -> None:
             error.show()
         else:
             path = error.ctx.command_path if error.ctx else "study"
-            words = error.format_message().rstrip(".")
+            words = printable(error.format_message().rstrip("."))
             print(f"study: {words}; see {path} --help", file=sys.stderr)
         sys.exit(2)
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as error:
+        # click makes the same of Ctrl-C and of a file that ends too early.
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None
+        print("study: interrupted", file=sys.stderr)
         sys.exit(130)
+    except MemoryError as error:
+        words = printable(str(error)) or "no more to be had"
+        print(f"study: not enough memory ({words})", file=sys.stderr)
+        sys.exit(1)
     except Exception as error:
         # Told by name: importing the trainer here would cost every verb its imports.
         if type(error).__name__ != "Interrupted":

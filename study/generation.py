@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from study import bounded
 from study.arms import complete
 from study.autoencoder import LatentDecoder, load_decoder
 from study.backbones.base import check_attention
@@ -23,7 +25,7 @@ from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network
 from study.provenance import Stopwatch, provenance
-from study.trained import denoiser_of, load_weights
+from study.trained import denoiser_of, load_weights, read_status
 
 GRID = 10
 """Rows and columns of the sample grid."""
@@ -81,6 +83,13 @@ def _labels(archive: Archive, conditional: bool, seeds: range) -> np.ndarray:
     return taken[np.arange(seeds.start, seeds.stop) % len(taken)]
 
 
+def _noted(path: Path) -> Any:
+    """What a note of an interrupted generation says; nothing where it is missing or damaged."""
+    with suppress(UserError):
+        return read_json(path)
+    return None
+
+
 class _Parts:
     """Finished batches on disk, so that an interrupted generation goes on where it was."""
 
@@ -88,7 +97,7 @@ class _Parts:
         self.folder = folder
         note = folder / "identity.json"
         text = canonical_json(identity)
-        if not note.exists() or read_json(note) != text:
+        if _noted(note) != text:
             self.clear()
             write_json(note, text)
 
@@ -96,8 +105,13 @@ class _Parts:
         return self.folder / f"{start:08d}.npy"
 
     def load(self, start: int) -> np.ndarray | None:
+        """A finished batch; ``None`` where it is missing or damaged, and so must be made."""
         path = self.path(start)
-        return np.load(path, allow_pickle=False) if path.exists() else None
+        with suppress(OSError, ValueError, bounded.Damaged), path.open("rb") as file:
+            bounded.check_array(file, path.stat().st_size)
+            file.seek(0)
+            return np.lib.format.read_array(file, allow_pickle=False)
+        return None
 
     def save(self, start: int, images: np.ndarray, seconds: float) -> None:
         with atomic(self.path(start)) as temporary, temporary.open("wb") as file:
@@ -107,8 +121,8 @@ class _Parts:
     @property
     def seconds(self) -> float:
         """Time that earlier attempts spent on these batches."""
-        note = self.folder / "seconds.json"
-        return read_json(note) if note.exists() else 0.0
+        noted = _noted(self.folder / "seconds.json")
+        return noted if isinstance(noted, int | float) else 0.0
 
     def clear(self) -> None:
         for path in self.folder.glob("*"):
@@ -175,7 +189,7 @@ def generate(
         torch.set_num_threads(threads)
     run_dir, out = Path(run_dir), Path(out)
     train = run_dir / "train"
-    status = read_json(train / "status.json")
+    status = read_status(train)
     archive = Archive(data)
     spec = complete(status["spec"])  # older runs lack newer options
     draw = sampler(protocol["sampler"])

@@ -4,18 +4,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from study import bounded
 from study.backbones.base import Backbone
 from study.diffusion import formulations
 from study.diffusion.base import Denoiser
 from study.diffusion.split import SplitDenoiser
-from study.files import UserError
+from study.files import UserError, read_object
 from study.network import networks_of
 
 WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
 """Files in a run's ``train/``: the averaged weights, and those of the last step."""
+
+
+def read_status(train: str | Path) -> dict[str, Any]:
+    """``status.json`` of the run in ``train``. Raises ``UserError`` where it is no such file."""
+    path = Path(train) / "status.json"
+    status = read_object(path, "status", "spec", "step")
+    if not isinstance(status["spec"], dict) or status["status"] not in ("done", "diverged"):
+        raise UserError(f"{path}: not the status of a training; train the run again")
+    return status
 
 
 def weights_file(train: str | Path, which: str = "ema") -> Path:
@@ -35,8 +44,10 @@ def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Pa
     Raises ``UserError`` where it is missing or does not fit.
     """
     path = weights_file(train, which)
+    with bounded.reading(path, "a file of weights"):
+        weights = bounded.read_safetensors(path)
     try:
-        network.load_state_dict(load_file(path))
+        network.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path}: {str(error).splitlines()[-1].strip()}") from None
     return path

@@ -722,7 +722,7 @@ def test_damaged_files_are_one_line(tmp_path, edm, form, cut):
     else:
         torch.save(content, buffer, _use_new_zipfile_serialization=form == "zip")
     (tmp_path / "a.pt").write_bytes(buffer.getvalue()[:cut])
-    with pytest.raises(UserError, match=r"a\.pt: not a checkpoint that can be read") as caught:
+    with pytest.raises(UserError, match=r"a\.pt: (not a checkpoint that can|an empty)") as caught:
         read(tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
 
@@ -870,7 +870,7 @@ def test_a_program_instead_of_weights_is_refused(tmp_path):
         (b"ctorch\nos\n.", r"torch\.os"),
         (b"ctorch.storage\n_load_from_bytes\n(S'text'\ntR.", "no bytes"),
         (b"cnumpy\ndtype\n(S'O'\ntR.", "NumPy number of type 'O'"),
-        (b"ccollections\nOrderedDict\n(}S'x'\nI1\nstb.", "not a checkpoint"),
+        (b"ccollections\nOrderedDict\n(}S'x'\nI1\nstb.", "to change a function"),
         (b"cdnnlib.util\nEasyDict\n)\x81(S'a'\nI1\ndb.", "with attributes"),
         (b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ.", "outside the file"),
         (b"\x82\x01.", "not a checkpoint"),

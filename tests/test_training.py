@@ -152,7 +152,7 @@ def test_a_checkpoint_of_other_settings_is_set_aside_not_used(tmp_path, data, ca
 def test_a_damaged_checkpoint_is_named(tmp_path, data):
     (tmp_path / "a/state").mkdir(parents=True)
     (tmp_path / "a/state" / checkpoint.NAME).write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"cannot be read .* move it away to start anew"):
+    with pytest.raises(UserError, match=r"not a checkpoint .* move it away to start anew"):
         run(tmp_path, data, spec())
 
 

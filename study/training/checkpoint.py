@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from study import bounded
 from study.files import UserError, atomic, canonical_json
 
 NAME = "checkpoint.pt"
@@ -26,12 +27,13 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
+        state = bounded.read_weights(path, "a checkpoint")
+    except UserError as error:
+        raise UserError(f"{error}; move it away to start anew") from None
+    if not isinstance(state, dict) or "identity" not in state:
         raise UserError(
-            f"{path}: the checkpoint cannot be read ({reason}); move it away to start anew"
-        ) from None
+            f"{path}: not a checkpoint of this program's trainings; move it away to start anew"
+        )
     if state.pop("identity") == canonical_json(identity):
         return state
     number = 1
