@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from study import bounded
+from study import tensors
 from study.backbones.base import attention
 from study.files import UserError
 
@@ -165,11 +165,11 @@ class LatentDecoder(nn.Module):
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = bounded.read_weights(path)
+        content = tensors.read_weights(path)
     except UserError as error:
         raise UserError(f"generation.decoder.weights: {error}") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return bounded.tensors_in(content) if isinstance(content, dict) else {}
+    return tensors.tensors_in(content) if isinstance(content, dict) else {}
 
 
 def _original(found: dict[str, Tensor]) -> dict[str, Tensor]:

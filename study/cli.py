@@ -492,7 +492,11 @@ def schema(
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
     try:
-        app(standalone_mode=False)
+        # Ctrl-C inside a verb comes back as a number, and a file's early end as Abort.
+        status = app(standalone_mode=False)
+        if status == 130:
+            raise KeyboardInterrupt
+        sys.exit(status)
     except UserError as error:
         for line in str(error).splitlines() or ["failed without a reason"]:
             print(f"study: {line}", file=sys.stderr)
@@ -506,7 +510,6 @@ def main() -> None:
             print(f"study: {words}; see {path} --help", file=sys.stderr)
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt) as error:
-        # click makes the same of Ctrl-C and of a file that ends too early.
         if isinstance(error.__cause__, EOFError):
             raise error.__cause__ from None
         print("study: interrupted", file=sys.stderr)

@@ -127,7 +127,8 @@ def parse_json(content: str | bytes, where: str | Path) -> Any:
     except RecursionError:
         raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
     except ValueError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from None
+        said = "a number of too many digits" if "integer string conversion" in str(error) else error
+        raise UserError(f"{where}: not valid JSON ({said})") from None
 
 
 JSON_BYTES = 2**28

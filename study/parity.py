@@ -151,7 +151,8 @@ def _is_case(folder: Path, name: str) -> bool:
 
 def read(folder: Path, name: str) -> tuple[dict[str, Any], Tensors]:
     """A case's JSON and tensors. Raises ``Damaged`` where they are incomplete or disagree."""
-    from study import bounded
+    from study.bounded import reason
+    from study.tensors import read_safetensors
 
     case = _json(folder / f"{name}.json")
     if not isinstance(case, dict):
@@ -160,9 +161,9 @@ def read(folder: Path, name: str) -> tuple[dict[str, Any], Tensors]:
     if not path.is_file():
         raise Damaged(f"{path.name} is missing")
     try:
-        tensors = bounded.read_safetensors(path)
+        tensors = read_safetensors(path)
     except Exception as error:  # decoders of damaged bytes raise almost anything
-        raise Damaged(f"{path.name} cannot be read ({bounded.reason(error)})") from None
+        raise Damaged(f"{path.name} cannot be read ({reason(error)})") from None
     for part in ("inputs", "outputs"):
         listed = case.get(part) or {}
         if not isinstance(listed, dict):

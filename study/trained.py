@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from study import bounded
+from study import bounded, tensors
 from study.backbones.base import Backbone
 from study.diffusion import formulations
 from study.diffusion.base import Denoiser
@@ -45,7 +45,7 @@ def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Pa
     """
     path = weights_file(train, which)
     with bounded.reading(path, "a file of weights"):
-        weights = bounded.read_safetensors(path)
+        weights = tensors.read_safetensors(path)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

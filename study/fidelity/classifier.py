@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from study import bounded
+from study import bounded, tensors
 from study.data import Archive
 from study.files import UserError, canonical_json, parse_json, sha256, write_bytes, write_json
 from study.provenance import Stopwatch, provenance
@@ -211,7 +211,7 @@ def load_classifier(path: str | Path) -> Classifier:
         raise UserError(f"{path}: no such file; make the classifier with `study extractor`")
     foreign = UserError(f"{path}: not a classifier written by `study extractor`")
     with bounded.reading(path, "a classifier written by `study extractor`"):
-        weights = bounded.read_safetensors(Path(path))
+        weights = tensors.read_safetensors(Path(path))
         with safe_open(path, framework="pt") as file:
             described = (file.metadata() or {}).get("classifier")
     options = parse_json(described, path) if described is not None else None

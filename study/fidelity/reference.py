@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor
 
-from study import bounded
+from study import bounded, tensors
 from study.data import Archive
 from study.files import UserError, atomic, read_json, sha256, write_json
 from study.provenance import Stopwatch, provenance
@@ -149,7 +149,7 @@ class Reference:
         self.identity: dict[str, Any] = record["identity"]
         self.weights = None if record["weights"] is None else self.folder / record["weights"]
         with bounded.reading(self.folder / FEATURES_FILE, "a reference"):
-            stored = bounded.read_safetensors(self.folder / FEATURES_FILE)
+            stored = tensors.read_safetensors(self.folder / FEATURES_FILE)
         wanted = {"features": 2, "mean": 1, "covariance": 2}
         if {key: value.dim() for key, value in stored.items()} != wanted or not all(
             value.is_floating_point() and bool(value.isfinite().all()) for value in stored.values()

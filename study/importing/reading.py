@@ -1,6 +1,6 @@
 """Reading checkpoints as data: nothing in a file is ever imported or executed.
 
-Files of ``torch.save`` and safetensors are read by ``study.bounded``. EDM's files hold pickled
+Files of ``torch.save`` and safetensors are read by ``study.tensors``. EDM's files hold pickled
 network objects together with their Python source (its ``torch_utils.persistence``), for which this
 module adds a few names. Tensors and plain containers become what they are; network objects become
 ``Object``: a class name and a dictionary of attributes. The source in the file is skipped. Any
@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from study import bounded
-from study.bounded import LEGACY_MAGIC, Damaged, Name, Object, Stateful
+from study import bounded, tensors
+from study.bounded import Damaged, Name, Object, Stateful
 from study.files import UserError
+from study.tensors import LEGACY_MAGIC
 
 PERSISTENCE = "torch_utils.persistence"
 """Module whose function rebuilds the network objects in EDM's files."""
@@ -35,7 +36,8 @@ def _persistent(meta: Any) -> Object:
     if not isinstance(meta, dict) or meta.get("type") != "class":
         raise Damaged("an object of an unknown persistence type")
     made = Object()
-    made.class_name = str(meta.get("class_name"))
+    name = meta.get("class_name")
+    made.class_name = name if isinstance(name, str) else ""
     made.restore(meta.get("state"))
     return made
 
@@ -81,7 +83,8 @@ class _NumberType(Stateful):
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[<>=|]?[fiub][1248]", code):
-            raise Damaged(f"a NumPy number of type {str(code)[:40]!r}")
+            shown = repr(code[:40]) if isinstance(code, str) else "without a name"
+            raise Damaged(f"a NumPy number of type {shown}")
         self.code = code.lstrip("<>=|")
         self.order = "<"
 
@@ -104,7 +107,7 @@ def _number(kind: Any, content: Any) -> Any:
 NAMES: dict[tuple[str, str], Name] = {
     key: Name(function)
     for key, function in {
-        ("torch.storage", "_load_from_bytes"): bounded.storage_of_bytes,
+        ("torch.storage", "_load_from_bytes"): tensors.storage_of_bytes,
         (PERSISTENCE, "_reconstruct_persistent_obj"): _persistent,
         ("numpy", "dtype"): _NumberType,
         ("numpy.core.multiarray", "scalar"): _number,
@@ -122,7 +125,7 @@ def find(module: str, name: str) -> Any:
         return NAMES[module, name]
     if re.fullmatch(r"torch\.nn\.modules\.\w+", module) and name.isidentifier():
         return Name(Object)  # PyTorch's own layers, as data like EDM's
-    return bounded.find(module, name)
+    return tensors.find(module, name)
 
 
 # --- files -------------------------------------------------------------------------------------
@@ -130,12 +133,12 @@ def find(module: str, name: str) -> Any:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return bounded.read_safetensors(path)
+        return tensors.read_safetensors(path)
     stream, view = bounded.mapped(path)
     if bytes(view[:4]) == b"PK\x03\x04":
-        return bounded.read_saved(stream, view, find, copy=False)
+        return tensors.read_saved(stream, view, find, copy=False)
     if bytes(view[: len(LEGACY_MAGIC)]) == LEGACY_MAGIC:
-        return bounded.read_saved(stream, view, copy=False)
+        return tensors.read_saved(stream, view, copy=False)
     return bounded.unpickle(stream, len(view), find)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from study import bounded
+from study import tensors
 from study.files import UserError, atomic, canonical_json
 
 NAME = "checkpoint.pt"
@@ -27,7 +27,7 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = bounded.read_weights(path, "a checkpoint")
+        state = tensors.read_weights(path, "a checkpoint")
     except UserError as error:
         raise UserError(f"{error}; move it away to start anew") from None
     if not isinstance(state, dict) or "identity" not in state:
