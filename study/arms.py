@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from study.backbones import FAMILIES, family
 from study.config import (
@@ -23,6 +23,7 @@ from study.config import (
     Dataset,
     Formulation,
     Grid,
+    Model,
     Probe,
     SkipScaling,
     Study,
@@ -134,30 +135,70 @@ def with_defaults(model: type[BaseModel], section: dict[str, Any]) -> dict[str, 
     return {**_defaults(model), **section}
 
 
+SECTIONS = ("dataset", "backbone", "skip_scaling", "target", "formulation", "training", "seeds")
+
+
+class _Backbone(Model):
+    family: str
+    options: dict[str, Any] = Field({})
+    noise_scale: float = Field(1.0, gt=0)
+
+
+class _Seeds(Model):
+    data: int = 0
+    init: int = 0
+    noise: int = 0
+
+
+def _section(model: type[BaseModel], parts: dict[str, Any], name: str) -> dict[str, Any]:
+    return check(model, parts[name], f"spec.{name}.").model_dump(mode="json")
+
+
 def complete(parts: dict[str, Any]) -> dict[str, Any]:
     """The resolved spec that ``canonical`` made ``parts`` of; a resolved spec stays as it is.
 
     So a stage may be given what differs from the defaults, and a spec from before an option
-    existed gets the option's default.
+    existed gets the option's default. Raises ``UserError`` for anything that is no spec.
     """
-    from study.diffusion.options import OPTIONS
-
-    for section in ("dataset", "backbone", "skip_scaling", "target", "formulation", "training"):
+    if not isinstance(parts, dict):
+        raise UserError(f"spec: expected an object of sections; got {type(parts).__name__}")
+    for section in SECTIONS:
         if section not in parts:
             raise UserError(f"spec: section {section!r} is missing; study.json holds whole specs")
-    entry = parts["backbone"]
-    model = family(entry["family"]).options
-    options = with_defaults(model, entry["options"]) if model else entry["options"]
-    dataset = with_defaults(Dataset, parts["dataset"])
-    imported = {"checkpoint": parts["checkpoint"]} if "checkpoint" in parts else {}
+    for section in parts:
+        if section not in (*SECTIONS, "checkpoint"):
+            raise UserError(f"spec.{section}: unknown; allowed: {', '.join(SECTIONS)}, checkpoint")
+    for section in ("dataset", "training", *(["checkpoint"] if "checkpoint" in parts else [])):
+        if not isinstance(parts[section], dict):
+            raise UserError(f"spec.{section}: expected an object")
+    entry = check(_Backbone, parts["backbone"], "spec.backbone.")
+    kind = family(entry.family)
+    options = entry.options
+    if kind.options is not None:
+        options = check(kind.options, options, "spec.backbone.options.").model_dump(mode="json")
+    # A spec does not say where things lie.
+    nowhere = {"path": "-"}
+    dataset = check(Dataset, nowhere | parts["dataset"], "spec.dataset.").model_dump(mode="json")
+    imported = {}
+    training, untrained = parts["training"], {}
+    if "checkpoint" in parts:
+        check(Checkpoint, nowhere | parts["checkpoint"], "spec.checkpoint.")
+        imported = {"checkpoint": parts["checkpoint"]}
+        untrained = UNTRAINED
+        training = training | {"steps": 1, "batch": 1, "lr": 1.0}
+    trained = check(Training, training, "spec.training.").model_dump(mode="json")
     return {
         "dataset": {key: value for key, value in dataset.items() if key not in NOT_SETTINGS},
-        "backbone": {"noise_scale": 1.0, **entry, "options": options},
-        "skip_scaling": with_defaults(SkipScaling, parts["skip_scaling"]),
-        "target": with_defaults(Target, parts["target"]),
-        "formulation": with_defaults(OPTIONS[parts["formulation"]["kind"]], parts["formulation"]),
-        "training": with_defaults(Training, (UNTRAINED if imported else {}) | parts["training"]),
-        "seeds": parts["seeds"],
+        "backbone": {
+            "family": entry.family,
+            "options": options,
+            "noise_scale": entry.noise_scale,
+        },
+        "skip_scaling": _section(SkipScaling, parts, "skip_scaling"),
+        "target": _section(Target, parts, "target"),
+        "formulation": check(Formulation, parts["formulation"], "spec.formulation.").resolved(),
+        "training": trained | untrained,
+        "seeds": _section(_Seeds, parts, "seeds"),
         **imported,
     }
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from study import tensors
 from study.backbones.base import attention
 from study.files import UserError
 
@@ -163,19 +164,12 @@ class LatentDecoder(nn.Module):
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"generation.decoder.weights: {path}: no such file")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # decoders of foreign bytes raise almost anything
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"generation.decoder.weights: {path}: not readable ({reason})") from None
+        content = tensors.read_weights(path)
+    except UserError as error:
+        raise UserError(f"generation.decoder.weights: {error}") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    return tensors.tensors_in(content) if isinstance(content, dict) else {}
 
 
 def _original(found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -204,16 +198,23 @@ def load_decoder(path: str | Path, scale: float) -> LatentDecoder:
     prefix = re.compile(r"^first_stage_model\.")
     found = {prefix.sub("", key): value for key, value in _read(path).items()}
     wanted = ("decoder.", "post_quant_conv.")
-    found = _original({k: v for k, v in found.items() if k.startswith(wanted)})
     try:
-        levels = 1 + max(int(key.split(".")[2]) for key in found if key.startswith("decoder.up."))
+        found = _original({k: v for k, v in found.items() if k.startswith(wanted)})
+        numbers = {int(key.split(".")[2]) for key in found if key.startswith("decoder.up.")}
+        levels = len(numbers)
         first = [found[f"decoder.up.{level}.block.0.conv1.weight"] for level in range(levels)]
         blocks = sum(bool(re.match(r"decoder\.up\.0\.block\.\d+\.conv1\.weight", k)) for k in found)
         channels = found["post_quant_conv.weight"].shape[0]
-        decoder = LatentDecoder(channels, [len(weight) for weight in first], blocks, scale)
-        decoder.load_state_dict(found)
-    except (KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        # Without memory: the shapes there may belong to tensors without a single number.
+        with torch.device("meta"):
+            decoder = LatentDecoder(channels, [len(weight) for weight in first], blocks, scale)
+        decoder.load_state_dict(found, assign=True)
+        decoder.float()
+        for key, value in decoder.state_dict().items():
+            if value.is_complex() or not value.isfinite().all():
+                raise ValueError(f"{key} holds numbers that are complex or not finite")
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
         raise UserError(
             f"generation.decoder.weights: {path}: not the decoder of a Stable Diffusion "
             f"autoencoder ({reason})"

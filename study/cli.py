@@ -17,7 +17,15 @@ from typing import Annotated, Any
 import typer
 
 from study import processes as processing
-from study.files import NO_ACCESS, NO_ROOM, Stopped, UserError
+from study.files import (
+    NO_ACCESS,
+    NO_ROOM,
+    Stopped,
+    UserError,
+    parse_json,
+    printable,
+    read_json,
+)
 from study.probes import PROBES
 
 app = typer.Typer(
@@ -50,15 +58,12 @@ Config = Annotated[Path, typer.Option("--config", "--configfile", help="The stud
 
 def _json(text: str, option: str) -> dict[str, Any]:
     """Read an option that is JSON or the path of a JSON file."""
-    if not text.lstrip().startswith("{"):
-        path = Path(text)
-        if not path.is_file():
-            raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
-        text = path.read_text(encoding="utf-8")
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{option}: not valid JSON ({error})") from None
+    if text.lstrip().startswith("{"):
+        value = parse_json(text, option)
+    elif os.path.isfile(text):
+        value = read_json(text)
+    else:
+        raise UserError(f"{option}: neither JSON nor the path of a JSON file: {text!r}")
     if not isinstance(value, dict):
         raise UserError(f"{option}: expected a JSON object; got {type(value).__name__}")
     return value
@@ -104,10 +109,13 @@ def convert(
     code: Annotated[str | None, typer.Option(help="Digest of the converting code.")] = None,
 ) -> None:
     """Convert a source of images to a data set archive."""
+    from study.config import Dataset, check
     from study.contents import look, remember
     from study.data.convert import convert as run
 
     settings = _json(spec, "--spec")
+    assumed = {"name": settings.get("source"), "path": source_path or "-"}
+    check(Dataset, assumed | settings, "--spec: ")
     seen = look(source_path or settings.get("path"), out)
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
     remember(seen, out, summary, code)
@@ -168,19 +176,21 @@ def train(
     """
     if stop_file is not None and stop_file.exists():
         raise UserError(f"{stop_file} asks trainings to stop; delete it to go on")
-    described, settings = _json(spec, "--spec"), _json(machine, "--machine")
+    from study.arms import complete, unshared
+    from study.config import Machine, check
+
+    described, settings = complete(_json(spec, "--spec")), _json(machine, "--machine")
+    check(Machine, settings, "--machine: ")
     if "checkpoint" in described:
         with _alone(state):
             _take_weights(described, checkpoint, data, out, code)
         return
-    from study.arms import complete, unshared
-
-    spec, processes = complete(described), settings.get("processes", 1)
+    processes = settings.get("processes", 1)
     if gpus is None and processes > 1:
         from study.devices import visible
 
         gpus = processes if visible() else 0
-    problem = unshared(spec["training"]["batch"], processes, gpus or 0)
+    problem = unshared(described["training"]["batch"], processes, gpus or 0)
     if problem:
         raise UserError(problem)
     each = max(1, threads // processes) if threads else None
@@ -192,7 +202,7 @@ def train(
         from study.training import train as run
 
         run(
-            spec,
+            described,
             data,
             out,
             state,
@@ -210,12 +220,11 @@ def _take_weights(
 
     A function of its own, so that the importing code is no part of the training code.
     """
-    from study.arms import complete
     from study.importing import import_run
 
     if not checkpoint:
         raise UserError(f"--checkpoint: missing; the spec names {spec['checkpoint']}")
-    import_run(complete(spec), checkpoint, data, out, code=code)
+    import_run(spec, checkpoint, data, out, code=code)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -234,14 +243,15 @@ def generate(
 ) -> None:
     """Generate the samples of a trained run."""
     _set_threads(threads)
+    from study.config import Generation, check
+
+    given = _json(protocol, "--protocol")
+    if isinstance(given.get("decoder"), dict):
+        given["decoder"] = {"weights": decoder, **given["decoder"]}
+    settings = check(Generation, given, "--protocol: ").model_dump(mode="json")
     with _alone(run_dir / "state"), _device(gpus):
-        from study.arms import with_defaults
-        from study.config import Generation
         from study.generation import generate as run
 
-        settings = with_defaults(Generation, _json(protocol, "--protocol"))
-        if settings["decoder"] is not None:
-            settings["decoder"] = {"weights": decoder, **settings["decoder"]}
         run(run_dir, settings, data, out, batch=batch, threads=threads, code=code)
 
 
@@ -258,10 +268,12 @@ def evaluate(
 ) -> None:
     """Measure samples against the data set's reference."""
     _set_threads(threads)
+    from study.config import Evaluation, check
     from study.fidelity.evaluate import evaluate as run
 
+    settings = _json(protocol, "--protocol")
+    check(Evaluation, settings, "--protocol: ")
     with _alone_with(out), _device(gpus):
-        settings = _json(protocol, "--protocol")
         run(samples, reference, settings, out, weights=weights or None, code=code)
 
 
@@ -535,23 +547,33 @@ def _say(text: object) -> None:
 def _run() -> int:
     """The exit status of the command."""
     try:
-        return app(standalone_mode=False) or 0  # typer returns 130 after Ctrl-C
+        # typer returns 130 after Ctrl-C inside a verb, and raises Abort for a file's early end.
+        status = app(standalone_mode=False) or 0
+        if status == 130:
+            raise KeyboardInterrupt
+        return status
     except UserError as error:
-        _say(error)
+        _say(str(error) or "failed without a reason")
         return 2
     except typer.BadParameter.__base__ as error:  # UsageError of typer's own copy of click
         if type(error).__name__ == "NoArgsIsHelpError":
             error.show()
         else:
             path = error.ctx.command_path if error.ctx else "study"
-            words = error.format_message().rstrip(".")
+            words = printable(error.format_message().rstrip("."))
             print(f"study: {words}; see {path} --help", file=sys.stderr)
         return 2
-    except (typer.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt) as error:
+        if isinstance(error.__cause__, EOFError):
+            raise error.__cause__ from None
+        _say("interrupted")
         return 130
     except (Stopped, processing.Asked) as error:
         _say(error)
         return processing.STOPPED
+    except MemoryError as error:
+        _say(f"not enough memory ({printable(str(error)) or 'no more to be had'})")
+        return 1
     except OSError as error:
         if error.errno not in NO_ROOM | NO_ACCESS:
             processing.hold_back()

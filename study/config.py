@@ -756,7 +756,7 @@ def check(model: type[BaseModel], value: Any, prefix: str = "") -> BaseModel:
     try:
         return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(explain(error, model, prefix))) from None
+        raise UserError(*explain(error, model, prefix)) from None
 
 
 def leaves(content: Any, where: str = "") -> dict[str, Any]:
@@ -787,7 +787,7 @@ def _check_sources(content: Mapping[str, Any]) -> None:
             hint = f"did you mean {close[0]!r}?" if close else "leave the entry out"
             lines.append(f"sources.{key}: the study sets no such key; {hint}")
     if lines:
-        raise UserError("\n".join(lines))
+        raise UserError(*lines)
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -19,10 +19,28 @@ from typing import Any
 
 ABANDONED = 86400.0
 """Seconds without a change after which what another machine was writing counts as left behind."""
+LINE = 1000
+"""Most characters of a line that people read."""
+
+
+def printable(text: str) -> str:
+    """One line of text that a terminal shows as it is.
+
+    Whatever else a name from a file holds (line ends, escape codes, half characters) is written
+    as Python writes it, and a long line loses its middle.
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: 100 * LINE])
+    return line if len(line) <= LINE else f"{line[: LINE - 300]} ... {line[-295:]}"
 
 
 class UserError(Exception):
-    """A mistake of the user: one line that says what is wrong, where, and what would be right."""
+    """A mistake of the user: one line that says what is wrong, where, and what would be right.
+
+    Several mistakes are several arguments. The lines are ``printable``.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(map(printable, lines)))
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -181,14 +199,68 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(plain(content), indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON text. Raises ``ValueError`` where it gives a key twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key[:80]!r} is given twice")
+        found[key] = value
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:40]} is no finite number")
+    return value
+
+
+def parse_json(content: str | bytes, where: str | Path) -> Any:
+    """The value of a JSON text, which is UTF-8.
+
+    Raises ``UserError`` that begins with ``where`` for anything else, for a key that is given
+    twice, and for numbers that are not finite.
+    """
+    try:
+        text = content.decode("utf-8-sig") if isinstance(content, bytes) else content
+        return json.loads(text, object_pairs_hook=once, parse_float=_finite, parse_constant=_finite)
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: not valid JSON (it is not in UTF-8)") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid JSON (nested too deeply)") from None
+    except ValueError as error:
+        said = "a number of too many digits" if "integer string conversion" in str(error) else error
+        raise UserError(f"{where}: not valid JSON ({said})") from None
+
+
+JSON_BYTES = 2**28
+"""Most bytes of a JSON file."""
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file. Raises ``UserError`` where it is missing or broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with Path(path).open("rb") as file:
+            content = file.read(JSON_BYTES + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    if len(content) > JSON_BYTES:
+        raise UserError(f"{path}: more than {JSON_BYTES:,} bytes of JSON")
+    return parse_json(content, path)
+
+
+def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object with these keys. Raises ``UserError`` otherwise."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object; got {type(content).__name__}")
+    for key in keys:
+        if key not in content:
+            raise UserError(f"{path}: {key!r} is missing")
+    return content
 
 
 def canonical_json(content: Any) -> str:

@@ -2,6 +2,8 @@
 
 import sys
 import time
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from study import bounded
 from study.arms import complete
 from study.autoencoder import LatentDecoder, load_decoder
 from study.backbones.base import check_attention
@@ -24,7 +27,7 @@ from study.network import arithmetic, build_network
 from study.pictures import in_order, tile
 from study.processes import own_environment
 from study.provenance import Stopwatch, provenance
-from study.trained import BrokenWeights, denoiser_of, load_weights
+from study.trained import BrokenWeights, denoiser_of, load_weights, read_status
 
 GRID = 10
 """Rows and columns of the sample grid."""
@@ -67,6 +70,13 @@ def _labels(archive: Archive, conditional: bool, seeds: range) -> np.ndarray:
     return taken[np.arange(seeds.start, seeds.stop) % len(taken)]
 
 
+def _noted(path: Path) -> Any:
+    """What a note of an interrupted generation says; nothing where it is missing or damaged."""
+    with suppress(UserError):
+        return read_json(path)
+    return None
+
+
 class _Parts:
     """Finished batches on disk, so that an interrupted generation goes on where it was."""
 
@@ -74,7 +84,7 @@ class _Parts:
         self.folder = folder
         note = folder / "identity.json"
         text = canonical_json(identity)
-        if not note.exists() or read_json(note) != text:
+        if _noted(note) != text:
             self.clear()
             write_json(note, text)
 
@@ -82,12 +92,14 @@ class _Parts:
         return self.folder / f"{start:08d}.npz"
 
     def load(self, start: int) -> tuple[np.ndarray, np.ndarray] | None:
-        """Images of the samples that are finite, and which ones those are."""
+        """Images of the samples that are finite, and which ones those are.
+
+        ``None`` where the batch is missing or damaged, and so must be made.
+        """
         path = self.path(start)
-        if not path.exists():
-            return None
-        with np.load(path, allow_pickle=False) as file:
-            return file["images"], file["whole"]
+        with suppress(OSError, ValueError, zipfile.BadZipFile, bounded.Damaged):
+            return bounded.read_npz(path, "images"), bounded.read_npz(path, "whole")
+        return None
 
     def save(self, start: int, images: np.ndarray, whole: np.ndarray, seconds: float) -> None:
         with atomic(self.path(start)) as temporary, temporary.open("wb") as file:
@@ -97,8 +109,8 @@ class _Parts:
     @property
     def seconds(self) -> float:
         """Time that earlier attempts spent on these batches."""
-        note = self.folder / "seconds.json"
-        return read_json(note) if note.exists() else 0.0
+        noted = _noted(self.folder / "seconds.json")
+        return noted if isinstance(noted, int | float) else 0.0
 
     def clear(self) -> None:
         for path in self.folder.glob("[!.]*"):
@@ -172,7 +184,7 @@ def generate(
         torch.set_num_threads(threads)
     run_dir, out = Path(run_dir), Path(out)
     train = run_dir / "train"
-    status = read_json(train / "status.json")
+    status = read_status(train)
     archive = Archive(data)
     spec = complete(status["spec"])  # older runs lack newer options
     draw = sampler(protocol["sampler"])

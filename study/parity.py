@@ -7,40 +7,91 @@ stored outputs, never their values.
 
 **The comparison.** |ours - theirs| <= atol + rtol |theirs| for every number, with the case's own
 ``tolerance``; shapes must be equal, and where theirs is not finite, ours (as float32, in which
-cases are stored) must be the same. A ``remark`` beside the tolerance changes it for single outputs.
-It is read clause by clause (split at ``;``), each with a scope and a rule:
+cases are stored) must be the same. ``tolerance.outputs`` maps a name, or a pattern with ``*``, to
+what is different there: ``rtol`` and ``atol``; ``own_size``, which puts the largest |theirs| of a
+sample (first axis) in the place of each number's |theirs|; ``counts``, by how many of n points a
+share may differ (n: generated points for a precision, reference points for a recall); ``where:
+{input, below}``, which narrows it to the entries at which that input is below. A ``remark`` is
+for people and decides nothing.
 
-- scope: a name that begins with ``out/`` (with all outputs that extend it by ``_...`` or ``/...``);
-  or words that are parts of output names between ``/`` and ``_``; or "<word> runs", the runs that
-  the JSON lists under ``<word>_runs``. A clause that names nothing speaks of what the clause
-  before it named. "t below 1e-3" narrows it to the entries at which ``in/t`` or ``in/t_...`` is.
-- rule: "rtol X" and "atol X" take the place of the case's own; "relative to its own size" puts the
-  largest |theirs| of a sample (first axis) in the place of each number's |theirs|; "+-k count"
-  means that a share of n points may differ by k/n and no more (n: generated points for a
-  precision, reference points for a recall).
-
-A clause without a rule is a comment. A rule whose scope is not found is reported and not applied.
+**Settings.** Whatever in a case's JSON is no description (``DESCRIPTIONS``) is a setting, and a
+case fails for one that its runner did not look at: the outputs might be those of another value.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import filter as matching
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from study.files import UserError, write_text
+from study.files import UserError, printable, read_json, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Case = dict[str, Any]
+Case = Mapping[str, Any]
 Tensors = dict[str, "Tensor"]
 Runner = Callable[[Case, Tensors], Tensors]
 
-NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
+DESCRIPTIONS = frozenset(
+    {
+        "case",
+        "environment",
+        "formula",
+        "inputs",
+        "intermediate_tensors",
+        "model",
+        "max_abs_difference_float32_float64",
+        "notes",
+        "outputs",
+        "remark",
+        "seed",
+        "source",
+        "storage",
+        "tolerance",
+        "variant",
+        "weights",
+    }
+)
+"""Keys of a case's JSON that describe it, or are read here, and change no output."""
+
+
+class Settings(Mapping[str, Any]):
+    """A part of a case's JSON that remembers what was looked at; so do the parts inside it."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content = {
+            key: Settings(value) if isinstance(value, dict) and key not in DESCRIPTIONS else value
+            for key, value in content.items()
+        }
+        self._seen: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._content[key]
+        self._seen.add(key)
+        return value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+    def unused(self) -> Iterator[str]:
+        """Paths of the settings that nobody looked at."""
+        for key, value in self._content.items():
+            if key in DESCRIPTIONS:
+                continue
+            if key not in self._seen:
+                yield key
+            elif isinstance(value, Settings):
+                yield from (f"{key}.{inner}" for inner in value.unused())
 
 
 def runners() -> dict[str, Runner]:
@@ -78,12 +129,13 @@ class Damaged(Exception):
 
 
 def _json(path: Path) -> Any:
+    if not path.exists():
+        raise Damaged(f"{path.name} is missing")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise Damaged(f"{path.name} is missing") from None
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from None
+        return read_json(path)
+    except UserError as error:
+        said = str(error).removeprefix(f"{path}: ")
+        raise Damaged(f"{path.name} cannot be read ({said})") from None
 
 
 def _is_case(folder: Path, name: str) -> bool:
@@ -97,10 +149,10 @@ def _is_case(folder: Path, name: str) -> bool:
     return isinstance(content, dict) and bool({"tolerance", "outputs"} & content.keys())
 
 
-def read(folder: Path, name: str) -> tuple[Case, Tensors]:
+def read(folder: Path, name: str) -> tuple[dict[str, Any], Tensors]:
     """A case's JSON and tensors. Raises ``Damaged`` where they are incomplete or disagree."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from study.bounded import reason
+    from study.tensors import read_safetensors
 
     case = _json(folder / f"{name}.json")
     if not isinstance(case, dict):
@@ -109,15 +161,18 @@ def read(folder: Path, name: str) -> tuple[Case, Tensors]:
     if not path.is_file():
         raise Damaged(f"{path.name} is missing")
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise Damaged(f"{path.name} cannot be read ({error})") from None
+        tensors = read_safetensors(path)
+    except Exception as error:  # decoders of damaged bytes raise almost anything
+        raise Damaged(f"{path.name} cannot be read ({reason(error)})") from None
     for part in ("inputs", "outputs"):
-        for key, facts in (case.get(part) or {}).items():
+        listed = case.get(part) or {}
+        if not isinstance(listed, dict):
+            raise Damaged(f"{name}.json: {part} is not an object")
+        for key, facts in listed.items():
             if key not in tensors:
                 raise Damaged(f"{path.name} lacks {key}")
             shape = facts.get("shape") if isinstance(facts, dict) else None
-            if shape is not None and list(tensors[key].shape) != list(shape):
+            if shape is not None and list(tensors[key].shape) != shape:
                 raise Damaged(
                     f"{path.name}: {key} is {list(tensors[key].shape)}, its JSON says {shape}"
                 )
@@ -154,48 +209,6 @@ class Tolerance:
         return f"{self.atol:.3g} + {self.rtol:.3g} |x|"
 
 
-def _words(clause: str) -> list[str]:
-    words = re.findall(r"out/[\w/+.-]*\w|\w+", clause)
-    explicit = [word for word in words if word.startswith("out/")]
-    return explicit or [word for word in words if len(word) > 2]
-
-
-def _parts(name: str) -> set[str]:
-    """``out/grid/cum_beta`` -> grid, cum_beta, cum, beta; without a plural's s."""
-    pieces = name.removeprefix("out/").split("/")
-    return {p.lower().rstrip("s") for piece in pieces for p in (piece, *piece.split("_"))}
-
-
-def _scope(clause: str, case: Case, names: Iterable[str]) -> set[str]:
-    """The outputs that a clause of a remark names."""
-    found: set[str] = set()
-    for word in _words(clause):
-        if word.startswith("out/"):
-            found |= {n for n in names if n == word or n.startswith((f"{word}_", f"{word}/"))}
-        else:
-            found |= {n for n in names if word.lower().rstrip("s") in _parts(n)}
-    for word in re.findall(r"(\w+) runs?\b", clause):
-        for key, runs in case.items():
-            # "sampling runs" are the sample_runs.
-            if key.endswith("_runs") and isinstance(runs, dict) and word[:5] == key[:5]:
-                found |= {n for n in names if n.removeprefix("out/").split("/")[0] in runs}
-    return found
-
-
-def _where(clause: str, tensors: Tensors, name: str) -> "tuple[bool, Tensor | None]":
-    """Whether the clause's condition can be applied to an output, and the entries it selects."""
-    condition = re.search(rf"\b(\w+) (below|above) {NUMBER}", clause)
-    if condition is None:
-        return True, None
-    axis, side, bound = condition[1], condition[2], float(condition[3])
-    for key in (f"in/{axis}", *(k for k in tensors if k.startswith(f"in/{axis}_"))):
-        values = tensors.get(key)
-        if values is None or values.dim() != 1 or tensors[name].shape[:1] != values.shape:
-            continue
-        return True, values < bound if side == "below" else values > bound
-    return False, None
-
-
 def _points(name: str, tensors: Tensors) -> int:
     """How many points a share is taken of."""
     over = "generated" if "precision" in name else "reference" if "recall" in name else ""
@@ -203,40 +216,58 @@ def _points(name: str, tensors: Tensors) -> int:
     return min(rows, default=1)
 
 
-def tolerances(case: Case, tensors: Tensors) -> tuple[dict[str, Tolerance], list[str]]:
-    """The tolerance of every stored output, and what of the remark was not understood."""
+def _number(rule: Mapping[str, Any], key: str, where: str) -> float:
+    value = rule.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise Damaged(f"the JSON gives no {where} with {key}")
+    return float(value)
+
+
+def _changed(base: Tolerance, name: str, rule: Any, tensors: Tensors, where: str) -> Tolerance:
+    """The tolerance of an output to which a rule of ``tolerance.outputs`` applies."""
+    if not isinstance(rule, dict) or rule.keys() - RULES:
+        raise Damaged(f"{where}: a rule has {', '.join(sorted(RULES))}, and no more")
+    if "counts" in rule:
+        # The last digits of a share that is stored as float32 are room for rounding.
+        return Tolerance(0.0, 1e-6 + _number(rule, "counts", where) / _points(name, tensors))
+    changes: dict[str, Any] = {
+        key: _number(rule, key, where) for key in ("rtol", "atol") if key in rule
+    }
+    if "own_size" in rule:
+        changes["own_size"] = rule["own_size"] is True
+    if "where" in rule:
+        condition = rule["where"] if isinstance(rule["where"], dict) else {}
+        values = tensors.get(str(condition.get("input")))
+        if condition.keys() != {"input", "below"} or values is None or values.dim() != 1:
+            raise Damaged(f"{where}: where has a one-dimensional input, and below")
+        if tensors[name].shape[:1] != values.shape:
+            raise Damaged(f"{where}: {name} has other entries than {condition['input']}")
+        changes |= {"where": values < _number(condition, "below", where), "base": base}
+    return replace(base, **changes)
+
+
+RULES = frozenset({"rtol", "atol", "own_size", "counts", "where"})
+"""What ``tolerance.outputs`` may say of an output."""
+
+
+def tolerances(case: Case, tensors: Tensors) -> dict[str, Tolerance]:
+    """The tolerance of every stored output. Raises ``Damaged`` where the JSON gives none."""
     given = case.get("tolerance")
-    try:
-        base = Tolerance(float(given["rtol"]), float(given["atol"]))
-    except (TypeError, KeyError, ValueError):
-        raise Damaged("the JSON gives no tolerance with rtol and atol") from None
-    names = [name for name in tensors if name.startswith("out/")]
-    result, unknown, subject = dict.fromkeys(names, base), [], set()
-    for clause in re.split(r";|\.\s", str(given.get("remark") or "")):
-        scope = _scope(clause, case, names)
-        subject = scope or subject
-        numbers = {key: float(value) for key, value in re.findall(rf"\b([ra]tol) {NUMBER}", clause)}
-        own = re.search(r"relative to (its|their) own size", clause) is not None
-        counts = re.search(r"(?:\+-|\+/-|±)\s*(\d+) counts?", clause)
-        if not (numbers or own or counts):
-            continue
-        changed = 0
-        for name in subject:
-            applies, where = _where(clause, tensors, name)
-            if not applies:
-                continue
-            changed += 1
-            if counts:
-                # The last digits of a share that is stored as float32 are room for rounding.
-                slack = 1e-6 + int(counts[1]) / _points(name, tensors)
-                result[name] = Tolerance(0.0, slack)
-                continue
-            result[name] = Tolerance(
-                numbers.get("rtol", base.rtol), numbers.get("atol", base.atol), own, where, base
-            )
-        if not changed:
-            unknown.append(clause.strip())
-    return result, unknown
+    if not isinstance(given, dict):
+        raise Damaged("the JSON gives no tolerance with rtol and atol")
+    unknown = given.keys() - {"rtol", "atol", "outputs", "remark"}
+    if unknown:
+        raise Damaged(f"tolerance.{min(unknown)} is unknown")
+    base = Tolerance(*(_number(given, key, "tolerance") for key in ("rtol", "atol")))
+    result = {name: base for name in tensors if name.startswith("out/")}
+    for pattern, rule in (given.get("outputs") or {}).items():
+        where = f"tolerance.outputs.{pattern}"
+        names = matching(result, pattern)
+        if not names:
+            raise Damaged(f"{where}: no output has such a name")
+        for name in names:
+            result[name] = _changed(result[name], name, rule, tensors, where)
+    return result
 
 
 # --- comparing ---------------------------------------------------------------------------------
@@ -254,7 +285,6 @@ class Verdict:
     tolerance: str = ""
     worst: str = ""
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -301,19 +331,19 @@ def _hidden(output: "Tensor") -> "Tensor":
     return output.new_full(output.shape, float("nan") if output.is_floating_point() else 0)
 
 
-def run_case(folder: str | Path, name: str, known: dict[str, Runner] | None = None) -> Verdict:
+def judge(name: str, case: Case, tensors: Tensors, runner: Runner) -> Verdict:
     """Run one case and compare. Whatever goes wrong in it is in the verdict, not an exception."""
     verdict = Verdict(name)
-    runner = _runner(kind_of(name), runners() if known is None else known)
-    if runner is None:
-        verdict.problems.append(f"unknown kind {kind_of(name)!r}")
-        return verdict
     try:
-        case, tensors = read(Path(folder), name)
-        allowed, unknown = tolerances(case, tensors)
-        verdict.notes += [f"remark not applied: {clause}" for clause in unknown]
+        allowed = tolerances(case, tensors)
+        settings = Settings(case)
+        mode = settings.get("mode", "eval")
+        if mode != "not applicable" and "eval" not in str(mode):
+            raise Damaged(f"mode {mode!r}: networks are compared in evaluation")
         expected = {key: value for key, value in tensors.items() if key.startswith("out/")}
-        ours = runner(case, tensors | {key: _hidden(value) for key, value in expected.items()})
+        hidden = {key: _hidden(value) for key, value in expected.items()}
+        ours = runner(settings, tensors | hidden)
+        verdict.problems += [f"setting {path} was not used" for path in settings.unused()]
         for key, theirs in sorted(expected.items()):
             _compare(verdict, key, ours.get(key), theirs, allowed[key])
     except Damaged as error:
@@ -322,6 +352,18 @@ def run_case(folder: str | Path, name: str, known: dict[str, Runner] | None = No
         text = " ".join(str(error).split())
         verdict.problems.append(f"{type(error).__name__}: {text[:300]}")
     return verdict
+
+
+def run_case(folder: str | Path, name: str, known: dict[str, Runner] | None = None) -> Verdict:
+    """Run one case of a folder, as ``judge`` does."""
+    runner = _runner(kind_of(name), runners() if known is None else known)
+    if runner is None:
+        return Verdict(name, problems=[f"unknown kind {kind_of(name)!r}"])
+    try:
+        case, tensors = read(Path(folder), name)
+    except Damaged as error:
+        return Verdict(name, problems=[str(error)])
+    return judge(name, case, tensors, runner)
 
 
 def names(folder: str | Path) -> tuple[list[str], list[str]]:
@@ -360,7 +402,7 @@ def _table(verdicts: Iterable[Verdict]) -> Any:
     for one in verdicts:
         compared = one.outputs > 0
         table.add_row(
-            one.case,
+            Text(printable(one.case)),
             str(one.outputs),
             f"{one.absolute:.2e}" if compared else "",
             f"{one.relative:.2e}" if compared else "",
@@ -392,13 +434,11 @@ def show(folder: str | Path, markdown: str | Path | None = None) -> bool:
         verdicts = list(run(folder))
     console.print(_table(verdicts))
     for one in verdicts:
-        for note in one.notes:
-            console.print(Text(f"{one.case}: {note}", style="yellow"))
         if one.problems:
             # Worst first: one wrong layer puts all outputs behind it out.
             ranked = sorted(one.problems, key=lambda text: not text.startswith(one.worst or "\0"))
             more = f" (and {len(ranked) - 1} more)" if len(ranked) > 1 else ""
-            console.print(Text(f"{one.case}: {ranked[0]}{more}", style="red"))
+            console.print(Text(printable(f"{one.case}: {ranked[0]}{more}"), style="red"))
     if facts:
         console.print(f"Facts without tensors, not cases: {', '.join(facts)}")
     failed = sum(not one.passed for one in verdicts)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from study.files import UserError, read_json, write_json, write_text
+from study.files import UserError, printable, read_json, write_json, write_text
 from study.probes import PROBES
 
 STOP_FILE = "results/.stop"
@@ -263,8 +263,10 @@ def read_progress(run_folder: Path) -> dict[str, Any] | None:
         facts = read_json(run_folder / "state" / "progress.json")
     except (UserError, OSError):
         return None
-    wanted = ("stage", "step", "steps", "seconds", "time")
-    return facts if isinstance(facts, dict) and all(key in facts for key in wanted) else None
+    if not isinstance(facts, dict) or not isinstance(facts.get("stage"), str):
+        return None
+    numbers = (facts.get(key) for key in ("step", "steps", "seconds", "time"))
+    return facts if all(isinstance(number, int | float) for number in numbers) else None
 
 
 def kept(run_folder: Path) -> int:
@@ -418,4 +420,4 @@ def _last_lines(path: str | Path, count: int = 3) -> list[str]:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    return [line[-300:] for line in text.splitlines() if line.strip()][-count:]
+    return [printable(line[-300:]) for line in text.splitlines() if line.strip()][-count:]

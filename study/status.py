@@ -12,7 +12,7 @@ from study.arms import Run, canonical, probed
 from study.arms import runs as resolve
 from study.config import Probe, Study, load
 from study.diffusion.samplers.options import guidance_options
-from study.files import UserError, read_json
+from study.files import UserError, printable, read_json
 from study.progress import check_folder, duration, read_progress
 
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
@@ -66,7 +66,7 @@ def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> st
     """
     try:
         same = canonical(status["spec"]) == canonical(run.spec)
-    except (KeyError, UserError):  # a spec of another version
+    except (KeyError, TypeError, AttributeError, UserError):  # a spec of another version
         same = False
     if not same:
         return "made with other settings"
@@ -183,7 +183,7 @@ def _table(study: Study, found: list[State]) -> Any:
             Text(state, style=COLOURS[one.state]),
             step,
             "" if one.left is None else duration(one.left),
-            Text(one.note),
+            Text(printable(one.note)),
         )
     return table
 

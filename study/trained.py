@@ -4,14 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from study import bounded, tensors
 from study.backbones.base import Backbone
 from study.diffusion import formulations
 from study.diffusion.base import Denoiser
 from study.diffusion.split import SplitDenoiser
-from study.files import UserError
+from study.files import UserError, read_object
 from study.network import networks_of
 
 WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
@@ -20,6 +20,15 @@ WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
 
 class BrokenWeights(UserError):
     """Weights that are not finite: a result of their run, which has no samples and no features."""
+
+
+def read_status(train: str | Path) -> dict[str, Any]:
+    """``status.json`` of the run in ``train``. Raises ``UserError`` where it is no such file."""
+    path = Path(train) / "status.json"
+    status = read_object(path, "status", "spec", "step")
+    if not isinstance(status["spec"], dict) or status["status"] not in ("done", "diverged"):
+        raise UserError(f"{path}: not the status of a training; train the run again")
+    return status
 
 
 def weights_file(train: str | Path, which: str = "ema") -> Path:
@@ -40,7 +49,8 @@ def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Pa
     not finite.
     """
     path = weights_file(train, which)
-    weights = load_file(path)
+    with bounded.reading(path, "a file of weights"):
+        weights = tensors.read_safetensors(path)
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:

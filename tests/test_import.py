@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import subprocess
 import sys
 import types
 import zipfile
@@ -16,7 +17,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from miniature import base
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
@@ -722,7 +723,7 @@ def test_damaged_files_are_one_line(tmp_path, edm, form, cut):
     else:
         torch.save(content, buffer, _use_new_zipfile_serialization=form == "zip")
     (tmp_path / "a.pt").write_bytes(buffer.getvalue()[:cut])
-    with pytest.raises(UserError, match=r"a\.pt: not a checkpoint that can be read") as caught:
+    with pytest.raises(UserError, match=r"a\.pt: (not a checkpoint that can|an empty)") as caught:
         read(tmp_path / "a.pt")
     assert "\n" not in str(caught.value)
 
@@ -870,7 +871,7 @@ def test_a_program_instead_of_weights_is_refused(tmp_path):
         (b"ctorch\nos\n.", r"torch\.os"),
         (b"ctorch.storage\n_load_from_bytes\n(S'text'\ntR.", "no bytes"),
         (b"cnumpy\ndtype\n(S'O'\ntR.", "NumPy number of type 'O'"),
-        (b"ccollections\nOrderedDict\n(}S'x'\nI1\nstb.", "not a checkpoint"),
+        (b"ccollections\nOrderedDict\n(}S'x'\nI1\nstb.", "to change a function"),
         (b"cdnnlib.util\nEasyDict\n)\x81(S'a'\nI1\ndb.", "with attributes"),
         (b"(S'storage'\nctorch\nFloatStorage\nS'0'\nS'cpu'\nI4\ntQ.", "outside the file"),
         (b"\x82\x01.", "not a checkpoint"),
@@ -913,3 +914,126 @@ def test_the_magic_of_legacy_files_is_torchs():
     buffer = io.BytesIO()
     torch.save({}, buffer, _use_new_zipfile_serialization=False)
     assert buffer.getvalue().startswith(LEGACY_MAGIC)
+
+
+# --- as users have them ------------------------------------------------------------------------
+
+
+def prefixed(prefix, state):
+    return {prefix + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("form", "role"),
+    [
+        (lambda s, _: prefixed("module.", s), "weights"),
+        (lambda s, _: prefixed("_orig_mod.", s), "weights"),
+        (lambda s, _: prefixed("module._orig_mod.", s), "weights"),
+        (lambda s, _: prefixed("_orig_mod.module.", s), "weights"),
+        (lambda s, _: {"state_dict": prefixed("model.", s), "epoch": 3}, "state_dict"),
+        (lambda s, _: {"model_state_dict": s}, "model_state_dict"),
+        (lambda s, other: {"model": other, "ema": s, "step": 7}, "ema"),
+        (lambda s, other: {"state_dict": other, "state_dict_ema": s}, "state_dict_ema"),
+        (lambda s, _: {"model_ema": s}, "model_ema"),
+        (lambda s, _: {**s, "step": torch.tensor(3), "updates": 3}, "weights"),
+        (lambda s, _: {k: v.double() for k, v in s.items()}, "weights"),
+        (lambda s, _: {k: nn.Parameter(v) for k, v in s.items()}, "weights"),
+    ],
+)
+def test_prefixes_wrappers_and_counters(tmp_path, digits, form, role):
+    network, other = uvit(), uvit()
+    torch.save(form(network.state_dict(), other.state_dict()), tmp_path / "a.pth")
+    import_checkpoint(tmp_path / "a.pth", tmp_path / "run", data=digits, options={"num_heads": 3})
+    made, status = imported(tmp_path / "run")
+    assert same_output(made, network)
+    assert status["imported"]["weights"]["ema"] == role
+    if role in ("ema", "state_dict_ema"):
+        made.load_state_dict(load_file(tmp_path / "run" / "train" / "raw.safetensors"))
+        assert same_output(made, other)
+
+
+def test_safetensors(tmp_path, digits):
+    network = uvit()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    options = {"num_heads": 3}
+    import_checkpoint(tmp_path / "model.safetensors", tmp_path / "run", options=options)
+    assert same_output(imported(tmp_path / "run")[0], network)
+
+
+def test_without_checksums(tmp_path, monkeypatch):
+    """torch can be told not to compute them, and then writes 0."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(9.0)}, tmp_path / "a.pt")
+    finally:
+        torch.serialization.set_crc32_options(before)
+    assert torch.equal(read(tmp_path / "a.pt")["a"], torch.arange(9.0))
+
+
+def test_a_folder_names_what_is_in_it(tmp_path):
+    (tmp_path / "1000.ckpt").mkdir()
+    torch.save(uvit().state_dict(), tmp_path / "1000.ckpt" / "nnet_ema.pth")
+    with pytest.raises(UserError, match=r"a folder; give the file .*\(nnet_ema\.pth\)"):
+        read(tmp_path / "1000.ckpt")
+
+
+# --- on the command line -----------------------------------------------------------------------
+
+
+def commanded(folder, *arguments):
+    command = [sys.executable, "-m", "study", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_name_in_a_file_forges_no_line_of_ours(tmp_path):
+    forged = {**uvit().state_dict(), "x\nstudy: all is well\x1b[2J\u202e": torch.ones(3)}
+    torch.save(forged, tmp_path / "a.pth")
+    done = commanded(tmp_path, "import", "a.pth", "--out", "run")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr[:-1].isprintable()
+    assert r"x\nstudy: all is well\x1b[2J\u202e" in done.stderr
+
+
+def test_files_of_no_use_are_one_line(tmp_path):
+    (tmp_path / "spec.json").write_bytes(b'{"dataset": "\xe9"}')
+    (tmp_path / "empty.npz").touch()
+    (tmp_path / "deep.json").write_bytes(b"[" * 100_000)
+    train = ("train", "--data", "d.zip", "--out", "o", "--state", "s", "--gpus", 0, "--spec")
+    for arguments, words in (
+        ((*train, "spec.json"), "not in UTF-8"),
+        ((*train, "deep.json"), "nested too deeply"),
+        ((*train, '{"dataset": 1, "dataset": 2}'), "given twice"),
+        ((*train, "{}"), "section 'dataset' is missing"),
+        (("import", "a.pth", "--out", "o", "--options", "[]"), "neither JSON nor the path"),
+        (("import", tmp_path, "--out", "o"), "a folder; give the file"),
+    ):
+        done = commanded(tmp_path, *arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "words"),
+    [
+        (KeyboardInterrupt(), 130, "study: interrupted"),
+        (EOFError("No data left in file"), 1, "No data left in file"),
+        (MemoryError(), 1, "study: not enough memory"),
+    ],
+)
+def test_every_exit_says_why(tmp_path, error, status, words):
+    program = (
+        "import sys; from study import cli\n"
+        f"def fail(*_): raise {error!r}\n"
+        "cli.parse_json = fail\n"
+        "sys.argv = ['study', 'notebook', '--notebook', 'a', '--out', 'b', '--html', 'c', "
+        "'--parameters', '{}']\n"
+        "cli.main()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == status
+    assert words in done.stderr

@@ -176,7 +176,7 @@ def test_the_newest_checkpoint_set_aside_is_kept_and_taken_back(tmp_path, data, 
 def test_a_damaged_checkpoint_is_named(tmp_path, data):
     (tmp_path / "a/state").mkdir(parents=True)
     (tmp_path / "a/state" / checkpoint.NAME).write_bytes(b"not a checkpoint")
-    with pytest.raises(UserError, match=r"cannot be read .* move it away to start anew"):
+    with pytest.raises(UserError, match=r"not a checkpoint .* move it away to start anew"):
         run(tmp_path, data, spec())
 
 

@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from study import bounded
 from study.analysis import statistics, style
 from study.analysis.stability import ALL, MEASURES, overall
 from study.analysis.tables import NOT_MEASURED, OTHERWISE, Tables
@@ -913,19 +914,16 @@ def gates(tables: Tables) -> Figure:
 
 def read_samples(path: str | Path, count: int) -> np.ndarray:
     """The first ``count`` images of a samples file: uint8 [n, H, W, C]; the rest stays unread."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as stream:
-        version = np.lib.format.read_magic(stream)
-        header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = header(stream)
-        if fortran or dtype != np.uint8 or len(shape) != 4:
-            raise UserError(f"{path}: arr_0 is {dtype} {shape}; samples are uint8 [n, H, W, C]")
-        count = min(count, shape[0])
-        size = count * math.prod(shape[1:])
-        return np.frombuffer(stream.read(size), dtype).reshape(count, *shape[1:])
+    path = Path(path)
+    with bounded.reading(path, "a samples file"), zipfile.ZipFile(path) as archive:
+        info = bounded.array_member(path, archive, "arr_0")
+        with archive.open(info) as stream:
+            shape, fortran, dtype = bounded.check_array(stream, info.file_size)
+            if fortran or dtype != np.uint8 or len(shape) != 4:
+                raise UserError(f"{path}: arr_0 is {dtype} {shape}; samples are uint8 [n, H, W, C]")
+            count = min(count, shape[0])
+            size = count * math.prod(shape[1:])
+            return np.frombuffer(stream.read(size), dtype).reshape(count, *shape[1:])
 
 
 def _tile(images: np.ndarray, side: int, gap: int) -> np.ndarray:

@@ -7,6 +7,16 @@ import torch
 from torch import Tensor, nn
 
 
+def same_side(case: dict[str, Any], key: str, tensors: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` where the constructor speaks of images of another size than ``in/x``.
+
+    For networks that run on images of any size.
+    """
+    told, side = case["constructor"].get(key), tensors["in/x"].shape[-1]
+    if told not in (None, side):
+        raise ValueError(f"{key} is {told}, but in/x has {side}")
+
+
 def replay(
     network: nn.Module,
     case: dict[str, Any],

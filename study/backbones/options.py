@@ -28,7 +28,11 @@ class UViT(Options):
     patch_size: int = Field(2, ge=1, description="Side of a patch, in pixels.")
     embed_dim: int = Field(512, ge=1, description="Width of the tokens.")
     depth: int = Field(
-        12, ge=2, multiple_of=2, description="In- and out-blocks together; one mid block is added."
+        12,
+        ge=2,
+        le=1000,
+        multiple_of=2,
+        description="In- and out-blocks together; one mid block is added.",
     )
     num_heads: int = Field(8, ge=1, description="Attention heads; must divide embed_dim.")
     mlp_ratio: float = Field(4.0, gt=0, description="Hidden width of the MLP over embed_dim.")
@@ -122,8 +126,8 @@ UVIT: dict[str, dict[str, Any]] = {
 # --- U-DiT -------------------------------------------------------------------------------------
 
 
-Count = Annotated[int, Field(ge=1)]
-Depth = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=1000)]
+Depth = Annotated[int, Field(ge=0, le=1000)]
 
 
 class UDiT(Options):
@@ -215,9 +219,10 @@ class PatchUNet(Options):
     channel_mult: tuple[float, ...] = Field(
         (1, 2, 4, 8),
         min_length=1,
+        max_length=12,
         description="Width over model_channels per level, finest first; must not decrease.",
     )
-    num_res_blocks: int = Field(2, ge=1, description="Residual blocks per level.")
+    num_res_blocks: int = Field(2, ge=1, le=1000, description="Residual blocks per level.")
     attention_resolutions: tuple[int, ...] = Field(
         (16, 8), description="Resolutions of the patched grid that have attention."
     )
@@ -290,10 +295,11 @@ class SongUNet(Options):
     channel_mult: tuple[int, ...] = Field(
         (2, 2, 2),
         min_length=1,
+        max_length=12,
         description="Width over model_channels per resolution, finest first.",
     )
     channel_mult_emb: int = Field(4, ge=1, description="Width factor of the embedding vector.")
-    num_blocks: int = Field(4, ge=1, description="Residual blocks per resolution.")
+    num_blocks: int = Field(4, ge=1, le=1000, description="Residual blocks per resolution.")
     attn_resolutions: tuple[int, ...] = Field((16,), description="Resolutions with attention.")
     embedding_type: Literal["positional", "fourier"] = Field(
         "positional", description="Features of the noise level."

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones import options as models
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay
+from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 GROUPS = 32
@@ -554,6 +554,9 @@ def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
     sum(prediction * cotangent).
     """
     network = PatchUNet.from_official(**case["constructor"])
+    same_side(case, "image_size", tensors)
+    if case["constructor"].get("use_fp16"):
+        raise ValueError("use_fp16 must be false: the cases are compared in float32")
     label = tensors["in/y"].long() if "in/y" in tensors else None
     noise = tensors["in/t"]
     outputs = replay(network, case, tensors, lambda x: network(x, noise, label), "out/pred")

@@ -519,6 +519,13 @@ def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
 
 
+def check_filters(network: SongUNet, weights: dict[str, Tensor]) -> None:
+    """Raise ``ValueError`` where weights hold other resampling filters than the network has."""
+    for name, ours in network.state_dict().items():
+        if name.endswith("resample_filter") and not torch.allclose(ours, weights.get(name, ours)):
+            raise ValueError(f"resample_filter: the weights have another one in {name}")
+
+
 def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Every ``out/...`` of a golden SongUNet case, computed by this network.
 
@@ -526,6 +533,8 @@ def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
     sum(F * cotangent).
     """
     network = SongUNet.from_official(**case["constructor"])
+    prefix = "weights/"
+    check_filters(network, {k.removeprefix(prefix): v for k, v in tensors.items()})
     noise = tensors["in/noise_labels"]
     label = tensors.get("in/class_labels")
     augment = tensors.get("in/augment_labels")

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay
+from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 FREQUENCIES = 256
@@ -681,6 +681,10 @@ def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
     ``out/pred_cfg`` to the merged evaluation form.
     """
     network = UDiT.from_official(**case["constructor"])
+    same_side(case, "input_size", tensors)
+    scale = case.get("cfg_scale")
+    if (scale is None) != ("in/cfg_y" not in tensors):
+        raise ValueError("cfg_scale and in/cfg_y go together")
     noise = tensors["in/t"]
     label = tensors["in/y"].long() if "in/y" in tensors else None
     drops = [tensors.get(f"in/label_drop_uniform_{k}") for k in (1, 2, 3)]
@@ -698,6 +702,6 @@ def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[st
                 tensors["in/x"],
                 tensors["in/cfg_t"],
                 tensors["in/cfg_y"].long(),
-                case["cfg_scale"],
+                scale,
             )
     return {name: tensor for name, tensor in outputs.items() if name in tensors}

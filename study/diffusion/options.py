@@ -38,7 +38,9 @@ class VPOptions(_Options):
     kind: Literal["vp"] = "vp"
     beta_d: float = Field(19.9, gt=0, description="Extent of the noise schedule.")
     beta_min: float = Field(0.1, gt=0, description="Initial slope of the noise schedule.")
-    M: int = Field(1000, ge=2, description="Number of discrete steps behind the noise number.")
+    M: int = Field(
+        1000, ge=2, le=100_000, description="Number of discrete steps behind the noise number."
+    )
     epsilon_t: float = Field(1e-5, gt=0, lt=1, description="Smallest time in training.")
 
     @model_validator(mode="after")
@@ -70,7 +72,7 @@ class IDDPMOptions(_Options):
     kind: Literal["iddpm"] = "iddpm"
     C_1: float = Field(0.001, gt=0, le=1, description="Lower limit of one step's signal ratio.")
     C_2: float = Field(0.008, ge=0, description="Offset of the cosine schedule.")
-    M: int = Field(1000, ge=2, description="Number of noise levels.")
+    M: int = Field(1000, ge=2, le=100_000, description="Number of noise levels.")
     variance_channels: bool = Field(
         True,
         description="The network has twice the image channels, as the official one; the second "
@@ -96,7 +98,7 @@ class VPSDEOptions(_Options):
     beta_min: float = Field(0.1, gt=0, description="linear: beta at t = 0.")
     beta_max: float = Field(20.0, gt=0, description="linear: beta at t = 1.")
     cosine_s: float = Field(0.008, ge=0, description="cosine: offset of the schedule.")
-    steps: int = Field(1000, ge=2, description="discrete: number of steps.")
+    steps: int = Field(1000, ge=2, le=100_000, description="discrete: number of steps.")
     beta_start: float = Field(0.00085, gt=0, lt=1, description="discrete: first beta.")
     beta_end: float = Field(0.012, gt=0, lt=1, description="discrete: last beta.")
 
@@ -109,7 +111,7 @@ class DDPMOptions(_Options):
     """
 
     kind: Literal["ddpm"] = "ddpm"
-    steps: int = Field(1000, ge=2, description="Number of steps T.")
+    steps: int = Field(1000, ge=2, le=100_000, description="Number of steps T.")
     schedule: str = Field(
         "linear",
         pattern=r"^(linear(\d+(\.\d*)?|\.\d+)?|cosine)$",

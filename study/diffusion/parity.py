@@ -5,8 +5,9 @@ outputs it describes, computed by this package; ``study parity`` compares. Where
 analytic stand-in for the network, the formula is the one in the case's notes.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -30,17 +31,29 @@ from study.diffusion.schedules import (
 from study.diffusion.stf import StableTarget, reference_batch
 from study.diffusion.vpsde import VPSDE, eps_of_x0, score_of_eps, x0_of_eps
 
-Case = dict[str, Any]
+Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
 # EDM family: losses and stable targets
 
 
-def _edm_family(kind: str, case: Case) -> Preconditioned:
-    """The formulation of a case's official constructor; arguments without effect are dropped."""
-    known = OPTIONS[kind].model_fields
-    given = {k: v for k, v in case["constructor"].items() if k in known}
+IDLE = {"D": 128, "N": 3072, "opts": None}
+"""Arguments of the official VE loss that it stores and never uses."""
+
+
+def expect(given: dict[str, Any], **wanted: Any) -> None:
+    """Take settings out that have no other value here. Raises ``ValueError`` where they have."""
+    for key, value in wanted.items():
+        found = given.pop(key, value)
+        if type(found) is not type(value) or found != value:
+            raise ValueError(f"{key} {found!r} cannot be had here; it must be {value!r}")
+
+
+def _edm_family(kind: str, given: dict[str, Any]) -> Preconditioned:
+    """The formulation of an official constructor's arguments, all of which it must know."""
+    if kind == "ve":
+        expect(given, **IDLE)
     if given.get("sigma_max") in ("inf", float("inf")):
         given["sigma_max"] = None
     made = formulation({"kind": kind, **given})
@@ -56,9 +69,10 @@ def mirror_odd(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _augmented(case: Case, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    if case.get("augmentation", "none") == "none":
-        return images, None
-    return mirror_odd(images)
+    kind = case.get("augmentation", "none")
+    if kind not in ("none", "mirror_odd"):
+        raise ValueError(f"augmentation {kind!r} is unknown")
+    return (images, None) if kind == "none" else mirror_odd(images)
 
 
 def _class_index(tensors: Tensors, count: int) -> Tensor | None:
@@ -84,7 +98,7 @@ def _stand_in(case: Case) -> Callable[..., Tensor]:
 
 
 def _edm_loss(kind: str, case: Case, tensors: Tensors) -> Tensors:
-    made = _edm_family(kind, case)
+    made = _edm_family(kind, dict(case["constructor"]))
     images, augment_labels = _augmented(case, tensors["in/images"])
     label = _class_index(tensors, len(images))
     draw, noise = tensors["in/level_draw"].flatten(), tensors["in/unit_noise"]
@@ -119,8 +133,10 @@ def run_veloss(case: Case, tensors: Tensors) -> Tensors:
 
 def run_stf(case: Case, tensors: Tensors) -> Tensors:
     """Stable targets and the EDM loss with and without them."""
-    made = _edm_family("edm", case)
+    made = _edm_family("edm", dict(case["constructor"]))
     given, batch = tensors["in/reference_batch"], case["batch"]
+    if case.get("rbatch", len(given)) != len(given):
+        raise ValueError(f"rbatch is {case['rbatch']}, but in/reference_batch has {len(given)}")
     images, augment_labels = _augmented(case, given[:batch])
     reference = reference_batch(images, _augmented(case, given[batch:])[0])
     target = StableTarget(reference)
@@ -158,15 +174,27 @@ def run_stf(case: Case, tensors: Tensors) -> Tensors:
 
 
 def _precond(kind: str, case: Case, tensors: Tensors) -> Tensors:
-    from study.backbones.songunet import SongUNet
+    from study.backbones.songunet import SongUNet, check_filters
 
-    network = SongUNet.from_official(**case["inner_network"])
+    inner, given = dict(case["inner_network"]), dict(case["constructor"])
+    for key in [key for key in given if key not in OPTIONS[kind].model_fields]:
+        name = {"img_channels": "in_channels"}.get(key, key)
+        if name in inner and given.pop(key) != inner[name]:
+            raise ValueError(f"{key} is not that of the inner network")
+    expect(given, use_fp16=False, model_type="SongUNet")
+    network = SongUNet.from_official(**inner)
     prefix = "weights/model."
-    network.load_state_dict(
-        {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    )
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    check_filters(network, weights)
+    network.load_state_dict(weights)
     network.eval()
-    made = _edm_family(kind, case)
+    made = _edm_family(kind, given)
+    for key, value in case.get("resulting_attributes", {}).items():
+        ours = getattr(made, key) if key.startswith("sigma_m") else getattr(made.options, key)
+        # Official limits near 0 come from float32, which sees few different noise levels there.
+        limits = key.startswith("sigma_m") and kind in ("vp", "iddpm")
+        if not math.isclose(ours, float(value), rel_tol=0.05 if limits else 1e-6):
+            raise ValueError(f"resulting_attributes.{key} is {value}, ours {ours}")
     seen: dict[str, Tensor] = {}
 
     def recorded(x: Tensor, noise: Tensor, label: Tensor | None, **conditioning: Any) -> Tensor:
@@ -216,12 +244,6 @@ def run_precond_iddpm(case: Case, tensors: Tensors) -> Tensors:
 # U-ViT
 
 
-def _described(case: Case) -> str:
-    """What the case says of itself, without notes that speak of other settings too."""
-    words = {k: v for k, v in case.items() if k not in ("notes", "inputs", "outputs", "source")}
-    return str(words).lower()
-
-
 def _uvit_stand_in(last: float) -> Callable[..., Tensor]:
     """0.8 x - 0.3 (model time) / last + 0.1 label."""
 
@@ -234,14 +256,20 @@ def _uvit_stand_in(last: float) -> Callable[..., Tensor]:
 
 def run_vpsde_uvit(case: Case, tensors: Tensors) -> Tensors:
     """Continuous VP SDE: LSimple, conversions, and the functions of time (in float32)."""
-    words, given = _described(case), case.get("constructor") or {}
-    spec: dict[str, Any] = {"kind": "vpsde", "prediction": "x0" if "x0_pred" in words else "eps"}
-    if "cosine" in words:
-        spec["schedule"] = "cosine"
-        if "s" in given:
-            spec["cosine_s"] = given["s"]
-    else:
-        spec |= {k: given[k] for k in ("beta_min", "beta_max") if k in given}
+    # The model's text names its class and loss: "VPSDE, LSimple loss, noise_pred".
+    words, given = case["model"].lower(), dict(case.get("constructor") or {})
+    found = [ours for ours, theirs in (("x0", "x0_pred"), ("eps", "noise_pred")) if theirs in words]
+    if len(found) != 1 or "lsimple" not in words or "vpsde" not in words:
+        raise ValueError(f"model {case['model']!r} is none of VPSDE's, with LSimple")
+    spec: dict[str, Any] = {"kind": "vpsde", "prediction": found[0]}
+    cosine = "cosine" in words or "s" in given
+    if cosine:
+        spec |= {"schedule": "cosine"} | ({"cosine_s": given.pop("s")} if "s" in given else {})
+    elif given.keys() <= {"beta_min", "beta_max"}:
+        spec |= given
+        given = {}
+    if given:
+        raise ValueError(f"the constructor has no argument {', '.join(sorted(given))}")
     made = formulation(spec)
     assert isinstance(made, VPSDE)
     process, t = made.process, tensors["in/t"]
@@ -269,10 +297,40 @@ def run_vpsde_uvit(case: Case, tensors: Tensors) -> Tensors:
     return out
 
 
+def _betas(case: Case) -> tuple[float, float, int]:
+    """First and last beta and their number, from ``schedule``, with which a text must agree."""
+    texts = [case["betas"]] if "betas" in case else []
+    found = [
+        tuple(float(number) for number in re.findall(r"\d+(?:\.\d+)?", text))
+        for text in texts
+        if "linear in the square root" in text
+    ]
+    if "schedule" in case:
+        given = dict(case["schedule"])
+        found.append((given.pop("start"), given.pop("end"), given.pop("steps")))
+        expect(given)
+    if len(found) != len(texts) + ("schedule" in case) or len(set(found)) != 1:
+        raise ValueError("betas and schedule do not say the same, or not what can be had here")
+    start, end, steps = found[0]
+    return start, end, int(steps)
+
+
 def run_vpsde_uvit_discrete(case: Case, tensors: Tensors) -> Tensors:
     """Stable-Diffusion schedule: LSimple and the tables."""
-    prediction = "x0" if "x0_pred" in _described(case) else "eps"
-    made = formulation({"kind": "vpsde", "schedule": "discrete", "prediction": prediction})
+    words = case["model"].lower()
+    if "lsimple" not in words or "discrete" not in words:
+        raise ValueError(f"model {case['model']!r} is not the discrete one, with LSimple")
+    start, end, steps = _betas(case)
+    made = formulation(
+        {
+            "kind": "vpsde",
+            "schedule": "discrete",
+            "prediction": "x0" if "x0_pred" in words else "eps",
+            "beta_start": start,
+            "beta_end": end,
+            "steps": steps,
+        }
+    )
     assert isinstance(made, VPSDE)
     process, n = made.process, tensors["in/n"].long()
     network = _uvit_stand_in(process.steps)
@@ -313,9 +371,30 @@ def run_ddpm_schedule(case: Case, tensors: Tensors) -> Tensors:
         out |= _tables(table, f"out/{name}")
         for weighting in ("sqrt_snr", "snr", "snr+1", "truncated_snr", "p2"):
             out[f"out/{name}/weight_{weighting}"] = loss_weights(table, weighting)
-        for respacing in setting.get("respacings", {}):
-            out |= _tables(respace(table, respacing), f"out/{name}/respaced_{respacing}")
+        for respacing, steps in setting.get("respacings", {}).items():
+            spaced = respace(table, respacing)
+            if steps != len(spaced.betas):
+                raise ValueError(
+                    f"respacing {respacing} has {len(spaced.betas)} steps, not {steps}"
+                )
+            out |= _tables(spaced, f"out/{name}/respaced_{respacing}")
     return out
+
+
+def _boundaries(trained: Tensor, sampled: Tensor, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a case says of a split's model, as it is here."""
+
+    def ends(mask: Tensor) -> list[int]:
+        return mask.nonzero()[[0, -1], 0].tolist()
+
+    weight = trained.float().mean().item()
+    near = math.isclose(weight, facts.get("loss_weight", weight), rel_tol=1e-5)
+    return {
+        "trained_on_timesteps": ends(trained),
+        "n": int(trained.sum()),
+        "samples_timesteps": ends(sampled),
+        "loss_weight": facts.get("loss_weight", weight) if near else weight,
+    }
 
 
 def run_ddpm_patch_split(case: Case, tensors: Tensors) -> Tensors:
@@ -323,9 +402,15 @@ def run_ddpm_patch_split(case: Case, tensors: Tensors) -> Tensors:
     table = schedule(case["noise_schedule"], case.get("diffusion_steps", case.get("steps", 1000)))
     text = case["snr_splits"]
     splits = [float(v) for v in (re.split(r"[,\s]+", text) if isinstance(text, str) else text)]
-    out = {"out/sampling_model_index": split_models(table.snr, splits), "out/snr": table.snr}
+    if case.get("allow_const", True) is not True:
+        raise ValueError("allow_const must be true: the weight of a split is a constant")
+    models = split_models(table.snr, splits)
+    out = {"out/sampling_model_index": models, "out/snr": table.snr}
     for index in range(len(split_bounds(splits)) - 1):
         mask = split_mask(table.snr, splits, index)
+        facts = case.get("boundaries", {}).get(f"model_{index}")
+        if facts is not None:
+            expect(dict(facts), **_boundaries(mask, models == index, facts))
         out[f"out/training_mask_split{index}"] = mask.to(torch.float32)
         weight = f"out/loss_weight_split{index}"
         shape = case["outputs"].get(weight, {"shape": [1]})["shape"]
@@ -345,6 +430,8 @@ def ddpm_losses(case: Case, tensors: Tensors, runs: dict[str, Any], repository: 
     images, t, noise = tensors["in/x0"], tensors["in/t"].long(), tensors["in/noise"]
     for name, official in runs.items():
         spec = ddpm_spec(official, repository)
+        if official.get("snr_splits"):
+            raise ValueError("snr_splits: losses here are of one model alone")
         base = formulation(spec)
         assert isinstance(base, DDPM)
         made = DDPM(

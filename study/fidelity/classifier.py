@@ -6,19 +6,19 @@ study; they are no FID.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from study import bounded, tensors
 from study.data import Archive
-from study.files import UserError, canonical_json, sha256, write_bytes, write_json
+from study.files import UserError, canonical_json, parse_json, sha256, write_bytes, write_json
 from study.provenance import Stopwatch, provenance
 
 FEATURES = 64
@@ -211,12 +211,23 @@ def load_classifier(path: str | Path) -> Classifier:
     """
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; make the classifier with `study extractor`")
-    try:
+    foreign = UserError(f"{path}: not a classifier written by `study extractor`")
+    with bounded.reading(path, "a classifier written by `study extractor`"):
+        weights = tensors.read_safetensors(Path(path))
         with safe_open(path, framework="pt") as file:
-            options = json.loads((file.metadata() or {})["classifier"])
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        network = Classifier(**options)
-        network.load_state_dict(weights)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{path}: not a classifier written by `study extractor`") from None
-    return network.eval().requires_grad_(False)
+            described = (file.metadata() or {}).get("classifier")
+    options = parse_json(described, path) if described is not None else None
+    names = {"resolution", "channels", "classes", "width"}
+    if not isinstance(options, dict) or options.keys() != names:
+        raise foreign
+    if not all(isinstance(n, int) and 0 < n < 2**20 for n in options.values()):
+        raise foreign
+    try:
+        with torch.device("meta"):  # without memory, until the weights are known to be as large
+            network = Classifier(**options)
+        network.load_state_dict(weights, assign=True)
+    except (TypeError, ValueError, RuntimeError):
+        raise foreign from None
+    if not all(value.isfinite().all() for value in weights.values()):
+        raise UserError(f"{path}: holds numbers that are not finite; make it anew")
+    return network.float().eval().requires_grad_(False)

@@ -1,6 +1,5 @@
 """Samples and a reference -> ``fidelity.json``, through torch-fidelity's public interface."""
 
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from study import bounded
 from study.fidelity import extractors
 from study.fidelity.extractors import torch_fidelity
 from study.fidelity.reference import Reference
-from study.files import UserError, read_json, sha256, write_json
+from study.files import UserError, read_object, sha256, write_json
 from study.provenance import Stopwatch, provenance
 
 METRICS = ("fd", "kid", "is", "prc")
@@ -214,13 +214,10 @@ def metric_name(base: str, extractor: str, images: int) -> str:
 
 
 def _read_samples(path: Path) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"]
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; make samples with `study generate`") from None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile):
-        raise UserError(f"{path}: not a samples file (.npz with arr_0 [N, H, W, C])") from None
+    if not path.exists():
+        raise UserError(f"{path}: no such file; make samples with `study generate`")
+    with bounded.reading(path, "a samples file (.npz with arr_0 [N, H, W, C])"):
+        images = bounded.read_npz(path, "arr_0")
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(
             f"{path}: arr_0 is {images.dtype} {list(images.shape)}, expected uint8 [N, H, W, C]"
@@ -313,7 +310,7 @@ def evaluate(
     metrics = _requested(protocol, known)
     images = _read_samples(samples)
     beside = samples.with_name("generate.json")
-    generation = read_json(beside) if beside.is_file() else {}
+    generation = read_object(beside) if beside.is_file() else {}
     described = generation.get("samples_sha256")
     if described is not None and described != sha256(samples):
         raise UserError(

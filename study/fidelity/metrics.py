@@ -277,6 +277,10 @@ def shuffled_inception_score(
     return float(np.mean(scores)), float(np.std(scores))
 
 
+KERNEL = "polynomial degree 3, gamma 1/D, coef0 1"
+"""The kernel of KID, in a golden case's words."""
+
+
 def run_parity_case(case_json: dict[str, Any], tensors: dict[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Every output of a golden case of kind ``fid``, from its inputs.
 
@@ -334,6 +338,8 @@ def run_parity_case(case_json: dict[str, Any], tensors: dict[str, "Tensor"]) -> 
         results["inception_score_std_torch_fidelity"] = spread
 
     kid = settings.get("kid", {})
+    if kid.get("kernel", KERNEL) != KERNEL:
+        raise ValueError(f"kid.kernel is {kid['kernel']!r}; it must be {KERNEL!r}")
     smaller = min(len(generated), len(reference))
     size = min(kid.get("subset_size", 1000), smaller)
     results["kid_mean_torch_fidelity"], results["kid_std_torch_fidelity"] = kernel_distance(

@@ -5,15 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from study import bounded, tensors
 from study.data import Archive
 from study.files import UserError, atomic, read_json, sha256, write_json
 from study.provenance import Stopwatch, provenance
 
 FEATURES_FILE = "features.safetensors"
 RECORD_FILE = "reference.json"
+IDENTITY = {"extractor", "precision", "resize", "dataset", "dataset_sha256", "split"}
 
 
 class _ArchiveImages:
@@ -124,8 +126,10 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         if record["weights"] is not None:
             found = sha256(folder / record["weights"])
             complete = complete and found == record["identity"]["extractor_sha256"]
-        return record if complete else None
-    except (UserError, OSError, KeyError, TypeError):
+        identity = record["identity"]
+        sound = all(isinstance(identity[key], int) for key in ("images", "resolution", "channels"))
+        return record if complete and sound and identity.keys() >= IDENTITY else None
+    except (UserError, OSError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -144,7 +148,13 @@ class Reference:
             raise UserError(f"{folder}: not a complete reference; make it with `study reference`")
         self.identity: dict[str, Any] = record["identity"]
         self.weights = None if record["weights"] is None else self.folder / record["weights"]
-        stored = load_file(self.folder / FEATURES_FILE)
+        with bounded.reading(self.folder / FEATURES_FILE, "a reference"):
+            stored = tensors.read_safetensors(self.folder / FEATURES_FILE)
+        wanted = {"features": 2, "mean": 1, "covariance": 2}
+        if {key: value.dim() for key, value in stored.items()} != wanted or not all(
+            value.is_floating_point() and bool(value.isfinite().all()) for value in stored.values()
+        ):
+            raise UserError(f"{folder}: not a reference; make it anew with `study reference`")
         self.features = stored.pop("features")
         self.statistics = stored
 

@@ -5,7 +5,6 @@ its network (``LAYOUTS``); then its weights are written as a finished training, 
 generate`` and ``study evaluate`` take like any other.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,13 +21,14 @@ from torch import Tensor
 from study.arms import complete
 from study.backbones import build, family
 from study.backbones.base import Backbone
+from study.bounded import Object, reason
 from study.config import Formulation, SkipScaling, check
 from study.data import Archive
 from study.diffusion import formulation
 from study.diffusion.options import OPTIONS
 from study.files import UserError, atomic, canonical_json, plain, sha256, write_json
 from study.importing import patch_unet, songunet, udit, uvit
-from study.importing.reading import Object, read, tensors_of
+from study.importing.reading import read, simple, tensors_of
 from study.importing.settings import Description, Images
 from study.network import AUGMENT_LABELS
 from study.provenance import provenance
@@ -55,22 +55,44 @@ class Contents:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict", "nnet_ema", "params_ema")
+CURRENT = (
+    "net",
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "nnet",
+    "network",
+    "params",
+    "module",
+    "weights",
+)
+"""What people call the averaged and the last weights in a file of several things."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What parallel training, compilation, and preconditioning put in front of the names of weights."""
+
+
 def _is_state(value: Any) -> bool:
+    """Whether this is a state dictionary, beside whose weights there may be counters."""
     return (
         isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(key, str) and isinstance(item, Tensor) for key, item in value.items())
+        and any(isinstance(item, Tensor) for item in value.values())
+        and all(isinstance(key, str) for key in value)
+        and all(isinstance(i, Tensor | int | float | str | None) for i in value.values())
     )
 
 
-def _bare(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys without what parallel training, or EDM's preconditioning, puts in front of them."""
-    for prefix in ("module.", "model."):
-        inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        # Of a preconditioning only the network's own weights count.
-        if inside and (len(inside) == len(state) or prefix == "model."):
-            state = inside
-    return dict(state)
+def _bare(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights, without the ``PREFIXES`` of their names."""
+    bare = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    for _ in PREFIXES:
+        for prefix in PREFIXES:
+            inside = {k.removeprefix(prefix): v for k, v in bare.items() if k.startswith(prefix)}
+            # Of a preconditioning only the network's own weights count.
+            if inside and (len(inside) == len(bare) or prefix == "model."):
+                bare = inside
+    return bare
 
 
 def _layout(state: Mapping[str, Tensor], path: Path) -> str:
@@ -93,19 +115,27 @@ def open_checkpoint(path: str | Path) -> Contents:
     elif _is_state(value):
         found = {"weights": value}
     elif isinstance(value, Mapping):
-        keys = ("ema", "net", "model")
+        keys = [*AVERAGED, *CURRENT]
         found = {key: value[key] for key in keys if _is_state(value.get(key))}
         found |= {key: value[key] for key in keys if isinstance(value.get(key), Object)}
     if not found:
-        held = ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
+        held = f"a {type(value).__name__}"
+        if isinstance(value, Mapping):
+            held = ", ".join(map(str, list(value)[:10])) or "nothing"
         what = "the state of an optimiser" if "param_groups" in held else f"no network ({held})"
-        raise UserError(f"{path}: the file holds {what[:200]}; give the file with the weights")
+        raise UserError(
+            f"{path}: the file holds {what[:200]}; give the file with the weights: a state "
+            f"dictionary, alone or under a key such as {', '.join(CURRENT[:3])} or {AVERAGED[0]}"
+        )
     facts: dict[str, Any] = {}
     networks = [item for item in found.values() if isinstance(item, Object)]
-    states = {
-        key: _bare(tensors_of(item) if isinstance(item, Object) else item)
-        for key, item in found.items()
-    }
+    try:
+        states = {
+            key: _bare(tensors_of(item) if isinstance(item, Object) else item)
+            for key, item in found.items()
+        }
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     layout = _layout(next(iter(states.values())), path)
     if networks:
         if layout != "EDM":
@@ -115,10 +145,10 @@ def open_checkpoint(path: str | Path) -> Contents:
             facts = songunet.facts_of(contents, networks[0])
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
-    if isinstance(value, Mapping) and isinstance(value.get("args"), argparse.Namespace):
-        facts["arguments"] = vars(value["args"])
+    if isinstance(value, Mapping) and isinstance(value.get("args"), Object):
+        facts["arguments"] = simple(value["args"].state)
     averaged = next(iter(states))
-    raw = next((key for key in ("net", "model") if key in states), averaged)
+    raw = next((key for key in CURRENT if key in states), averaged)
     return Contents(
         layout,
         {"ema": states[averaged], "raw": states[raw]},
@@ -132,6 +162,8 @@ def _fit(network: Backbone, state: dict[str, Tensor], path: Path) -> dict[str, T
     wanted = network.state_dict()
     # Sampling never uses augmentation labels, so a run without them loses nothing.
     spare = {"map_augment.weight"} - wanted.keys()
+    # Nor do counters that lie beside the weights.
+    spare |= {key for key, value in state.items() if key not in wanted and not value.dim()}
     state = {key: value for key, value in state.items() if key not in spare}
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     wrong = [key for key in wanted if key in state and wanted[key].shape != state[key].shape]
@@ -147,9 +179,23 @@ def _fit(network: Backbone, state: dict[str, Tensor], path: Path) -> dict[str, T
             f"{'; '.join(parts)}"
         )
     # Copies, because tensors in a file may share their storage.
-    return {
-        key: state[key].to(value.dtype, copy=True).contiguous() for key, value in wanted.items()
-    }
+    return {key: _sound(key, state[key], value.dtype, path) for key, value in wanted.items()}
+
+
+def _sound(name: str, weight: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
+    """A copy of a weight in the type that its network has, all of whose numbers are finite."""
+    if weight.is_floating_point() != dtype.is_floating_point or weight.is_complex():
+        raise UserError(f"{path}: {name} is {weight.dtype}; its network's is {dtype}")
+    made = weight.to(dtype, copy=True).contiguous()
+    broken = int((~made.isfinite()).sum())
+    if broken:
+        why = "training has diverged, or the file is damaged"
+        if weight.dtype == torch.float16:
+            why += ", or its numbers were too large for half precision: take the float32 weights"
+        raise UserError(
+            f"{path}: {name} holds {broken} of {made.numel()} numbers that are not finite; {why}"
+        )
+    return made
 
 
 def _network(spec: dict[str, Any], images: Images) -> Backbone:
@@ -199,9 +245,10 @@ def _write(
 ) -> dict[str, Any]:
     """A finished training in ``out``, whose weights are the file's; ``status.json`` comes last."""
     network = _network(spec, images)
+    fitted = {role: _fit(network, contents.weights[role], path) for role in ("ema", "raw")}
     out.mkdir(parents=True, exist_ok=True)
     for role, name in (("ema", "weights.safetensors"), ("raw", "raw.safetensors")):
-        _save(out / name, _fit(network, contents.weights[role], path))
+        _save(out / name, fitted.pop(role))
     for name in ("dynamics.parquet", "timing.parquet"):
         _save_empty_log(out / name)
     status = {
@@ -273,9 +320,10 @@ def _describe(
     module = LAYOUTS[contents.layout]
     try:
         return module.describe(contents.weights["ema"], given, images, contents.facts)
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path}: the weights are not those of a whole {contents.layout} network ({error!r})"
+            f"{path}: the weights are not those of a whole {contents.layout} network "
+            f"({reason(error)})"
         ) from None
 
 
@@ -301,15 +349,16 @@ def _sections(
     recorded: bool,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Skip scaling and formulation: what the user says, or else the file's or published ones."""
-    chosen = made.scaling
     if scaling is not None:
         chosen = check(SkipScaling, scaling, "--skip-scaling: ").model_dump(mode="json")
         made.assumed.pop("scalelong", None)
+    else:
+        chosen = check(SkipScaling, made.scaling, "--options: ").model_dump(mode="json")
     if process is not None:
         return chosen, check(Formulation, process, "--formulation: ").resolved()
     if not recorded:
         made.assumed["formulation"] = made.formulation
-    return chosen, made.formulation
+    return chosen, check(Formulation, made.formulation, "the file's formulation: ").resolved()
 
 
 def import_checkpoint(

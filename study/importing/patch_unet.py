@@ -14,7 +14,7 @@ from study.importing.settings import (
     Settings,
     State,
     classes,
-    count,
+    numbers,
     ratio,
     rows,
     whole_root,
@@ -32,8 +32,10 @@ def _resampling(state: State) -> tuple[int, bool, bool]:
     residuals = {
         k for k in state if re.fullmatch(r"output_blocks\.\d+\.[12]\.in_layers\.0\.weight", k)
     }
-    stages = {int(k.split(".")[1]) for k in state if k.startswith("input_blocks.")}
+    stages = numbers(state, "input_blocks.")
     silent = max(stages) + 1 - len(stages)  # stages without weights: averaging
+    if silent >= len(stages):
+        raise UserError("the file lacks most of its input_blocks; it is no whole network")
     return 1 + len(convolutions or residuals) + silent, bool(residuals), not silent
 
 
@@ -56,7 +58,8 @@ def describe(
         raise UserError(f"patches of {inputs} numbers do not consist of {channels} channels")
     patch = settings.read("patch_size", whole_root(inputs // channels, "pixels of a patch"))
     levels, by_blocks, by_convolutions = _resampling(state)
-    blocks, rest = divmod(count(state, "input_blocks.") - levels, levels)
+    stages = max(numbers(state, "input_blocks.")) + 1
+    blocks, rest = divmod(stages - levels, levels)
     if rest or blocks < 1:
         raise UserError(f"the file's encoder cannot be divided into {levels} equal levels")
     firsts = [1 + level * (blocks + 1) for level in range(levels)]

@@ -1,6 +1,7 @@
 """What a checkpoint says of its network, what the user adds, and what is assumed."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,14 +96,22 @@ def rows(state: State, key: str, axis: int = 0) -> int:
     return state[key].shape[axis]
 
 
+def numbers(state: State, prefix: str) -> set[int]:
+    """Which of the numbered sub-modules ``prefix``0, ``prefix``1, ... have weights."""
+    pattern = re.compile(rf"{re.escape(prefix)}([0-9]{{1,9}})\.")
+    return {int(found[1]) for key in state if (found := pattern.match(key))}
+
+
 def count(state: State, prefix: str) -> int:
-    """How many numbered sub-modules ``prefix``0, ``prefix``1, ... there are."""
-    found = {
-        int(number)
-        for key in state
-        if key.startswith(prefix) and (number := key[len(prefix) :].split(".")[0]).isdigit()
-    }
-    return max(found, default=-1) + 1
+    """How many numbered sub-modules ``prefix``0, ``prefix``1, ... there are.
+
+    Raises ``UserError`` where one is missing: a number says nothing by itself.
+    """
+    found = numbers(state, prefix)
+    missing = next((number for number in range(len(found)) if number not in found), None)
+    if missing is not None:
+        raise UserError(f"the file lacks {prefix}{missing}; it is no whole network")
+    return len(found)
 
 
 def classes(

@@ -8,8 +8,9 @@ from typing import Any
 
 from study.backbones.options import SongUNet
 from study.backbones.songunet import OFFICIAL
+from study.bounded import Object
 from study.files import UserError
-from study.importing.reading import Object
+from study.importing.reading import arguments_of, simple
 from study.importing.settings import Description, Images, Settings, State
 from study.network import AUGMENT_LABELS
 
@@ -32,7 +33,8 @@ def matches(state: State) -> bool:
 
 def inner(network: Object) -> Object:
     """The raw network inside a preconditioning; a raw network is its own."""
-    child = (network.state.get("_modules") or {}).get("model")
+    children = network.state.get("_modules")
+    child = children.get("model") if isinstance(children, dict) else None
     found = child if isinstance(child, Object) else network
     if found.class_name != "SongUNet":
         raise UserError(
@@ -44,11 +46,11 @@ def inner(network: Object) -> Object:
 
 def facts_of(contents: dict[str, Any], network: Object) -> dict[str, Any]:
     """Arguments and attributes of the official objects, as plain data."""
-    facts: dict[str, Any] = {"constructor": inner(network).arguments}
+    facts: dict[str, Any] = {"constructor": arguments_of(inner(network))}
     preconditioning = network.class_name
     if preconditioning in FORMULATIONS:
         names = FORMULATIONS[preconditioning][1]
-        attributes = {k: network.state[k] for k in names if k in network.state}
+        attributes = {k: v for k, v in simple(network.state).items() if k in names}
         facts |= {"preconditioning": preconditioning, "attributes": attributes}
     elif network is not inner(network):
         raise UserError(
@@ -60,12 +62,12 @@ def facts_of(contents: dict[str, Any], network: Object) -> dict[str, Any]:
         if isinstance(value, Object):
             numbers = {
                 name: item
-                for name, item in value.state.items()
+                for name, item in simple(value.state).items()
                 if isinstance(item, int | float | str | bool) and not name.startswith("_")
             }
             facts[key] = {"class": value.class_name, **numbers}
     if isinstance(contents.get("dataset_kwargs"), dict):
-        facts["dataset_kwargs"] = dict(contents["dataset_kwargs"])
+        facts["dataset_kwargs"] = simple(contents["dataset_kwargs"])
     return facts
 
 

@@ -15,13 +15,13 @@ from study.arms import complete
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order
 from study.diffusion.base import Denoiser
-from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
+from study.files import UserError, atomic, canonical_json, read_object, sha256, write_json
 from study.network import arithmetic, build_network
 from study.probes import MEASURED, PROBES
 from study.probes.options import OPTIONS, ProbeOptions
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator
-from study.trained import BrokenWeights, denoiser_of, load_weights, weights_file
+from study.trained import BrokenWeights, denoiser_of, load_weights, read_status, weights_file
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def probe(
     chosen = check(model, dict(options or {}), f"{kind}.")
     out, device, archive = Path(out), _device(), Archive(data)
     if model.subject == "arm" and spec is None and run_dir is not None:
-        spec = read_json(Path(run_dir) / "train" / "status.json")["spec"]
+        spec = read_status(Path(run_dir) / "train")["spec"]
     given = {"run": run_dir, "arm": spec, "dataset": data, "study": manifest}[model.subject]
     if given is None:
         what, option = {
@@ -195,7 +195,7 @@ def probe(
     subject: DatasetSubject
     if model.subject == "run":
         train = Path(given) / "train"
-        status = read_json(train / "status.json")
+        status = read_status(train)
         facts |= {"spec": status["spec"], "trained_on_sha256": status.get("data_sha256")}
         if status["status"] == "diverged":
             reason = f"training diverged at step {status['step']}: {status['reason']}"
@@ -209,10 +209,12 @@ def probe(
         subject = ArmSubject(archive, device, described)
         facts |= {"spec": described}
     elif model.subject == "study":
-        content = read_json(manifest)
-        if not isinstance(content, dict) or "runs" not in content:
+        listed = read_object(manifest).get("runs")
+        if not isinstance(listed, list) or not all(
+            isinstance(entry, dict) and "spec" in entry for entry in listed
+        ):
             raise UserError(f"{manifest}: lists no runs; it should be results/<study>/study.json")
-        specs = tuple(complete(entry["spec"]) for entry in content["runs"])
+        specs = tuple(complete(entry["spec"]) for entry in listed)
         facts |= {"networks": len({canonical_json(s["backbone"]) for s in specs})}
         subject = StudySubject(archive, device, specs)
     else:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from study import tensors
 from study.files import UserError, atomic, canonical_json
 
 NAME = "checkpoint.pt"
@@ -56,9 +57,11 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).splitlines()[0]
+        state = tensors.read_weights(path, "a checkpoint")
+    except UserError as error:
+        raise UserError(f"{error}; move it away to start anew") from None
+    if not isinstance(state, dict) or "identity" not in state:
         raise UserError(
-            f"{path}: the checkpoint cannot be read ({reason}); move it away to start anew"
-        ) from None
+            f"{path}: not a checkpoint of this program's trainings; move it away to start anew"
+        )
+    return state

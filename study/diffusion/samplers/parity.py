@@ -1,7 +1,7 @@
 """Samplers against recorded outputs of the official implementations (``study parity``)."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from study.diffusion import formulation
 from study.diffusion.guidance import guided
-from study.diffusion.samplers import OPTIONS, sampler
+from study.diffusion.samplers import sampler
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.schedules import stable_diffusion_betas
 from study.diffusion.split import SplitDenoiser
 
-Case = dict[str, Any]
+Case = Mapping[str, Any]
 Tensors = dict[str, Tensor]
 
 
@@ -67,10 +67,9 @@ class _EDMStandIn:
 def _edm_family(case: Case, tensors: Tensors, kind: str) -> Tensors:
     out: Tensors = {}
     for name, run in case["runs"].items():
-        stand_in = _EDMStandIn(case, tensors, run["component_std"])
         given = {key: value for key, value in run.items() if value is not None}
-        known = {key: value for key, value in given.items() if key in OPTIONS[kind].model_fields}
-        solver = sampler({**known, "kind": kind, "steps": run["num_steps"]})
+        stand_in = _EDMStandIn(case, tensors, given.pop("component_std"))
+        solver = sampler({"kind": kind, "steps": given.pop("num_steps"), **given})
         churn = tensors.get(f"in/{name}/churn_noise")
         noise = None if churn is None else StoredNoise(churn)
         latents = tensors.get(f"in/{name}/latents", tensors["in/latents"])
@@ -155,6 +154,8 @@ def _uvit(
         scale = case.get("guidance_scale")
         if scale is not None:
             denoiser = guided(denoiser, {"kind": "uvit", "scale": scale}, case["n_classes"])
+        elif case.get("n_classes") is not None and "in/y" not in tensors:
+            raise ValueError("n_classes needs in/y")
         stored = None if noise is None else StoredNoise(noise)
         latents = tensors.get(f"in/{name}/latents", tensors["in/latents"])
         labels = tensors.get("in/y")
@@ -163,9 +164,15 @@ def _uvit(
         out[f"out/{name}/x_float64"] = last.x
         # The official float32 run, whose trajectory the recorded calls are.
         network.forget()
+        run = case["runs"][name]
         solver = sampler(chosen | ({"precision": "float32"} if "dpm" in chosen["kind"] else {}))
         *_, last = solver.states(denoiser, latents, labels, stored)
         out[f"out/{name}/x"] = last.x
+        passes = len(network.times) // chosen["steps"]
+        if run["model_calls"] not in (chosen["steps"], passes * chosen["steps"]):
+            raise ValueError(f"{name}: model_calls is {run['model_calls']}, not {chosen['steps']}")
+        if "orders" in run and list(run["orders"]) != solver.orders():
+            raise ValueError(f"{name}: orders are {run['orders']}, ours {solver.orders()}")
         for output, described in case["outputs"].items():
             quantity = output.removeprefix(f"out/{name}/")
             if quantity in ("t_of_each_model_call", "model_time_of_each_call"):
@@ -265,11 +272,9 @@ def ddpm_spec(official: dict[str, Any], repository: str) -> dict[str, Any]:
     else:
         prediction = "x0" if official.get("predict_xstart") else "eps"
     fixed = "fixed_small" if official.get("sigma_small") else "fixed_large"
-    loss = "mse"
+    loss = "rescaled_mse" if official.get("rescale_learned_sigmas") else "mse"
     if official.get("use_kl"):
         loss = "rescaled_kl"
-    elif official.get("rescale_learned_sigmas"):
-        loss = "rescaled_mse"
     return {
         "kind": "ddpm",
         "steps": official.get("steps", official.get("diffusion_steps", 1000)),
@@ -299,6 +304,10 @@ def _discrete(case: Case, tensors: Tensors, runs: dict[str, Any], repository: st
         splits = _splits(run["diffusion"].get("snr_splits"))
         stds = run["component_std"]
         stds = stds if isinstance(stds, list) else [stds] * (len(splits) + 1)
+        if len(stds) != len(splits) + 1:
+            raise ValueError(
+                f"{name}: component_std has {len(stds)} numbers for {len(splits)} splits"
+            )
         classes = run.get("n_classes")
         denoisers = [
             made.denoiser(
@@ -317,19 +326,26 @@ def _discrete(case: Case, tensors: Tensors, runs: dict[str, Any], repository: st
             guidance = {"kind": kind, "scale": run["guidance_scale"]}
             denoiser = guided(denoiser, guidance, classes)
         threshold = "clip" if run.get("clip_denoised") else "none"
+        respacing = run["diffusion"]["timestep_respacing"]
+        if run.get("respacing", respacing) != respacing:
+            raise ValueError(f"{name}: respacing is not that of diffusion")
         options = {
-            "kind": "ddim" if run["sampler"] == "ddim" else "ancestral",
-            "respacing": run["diffusion"]["timestep_respacing"],
+            "kind": {"ddim": "ddim", "ddpm": "ancestral"}[run["sampler"]],
+            "respacing": respacing,
             "threshold": "dynamic" if run.get("dynamic_thresholding") else threshold,
             "precision": "float32",
         }
         if options["kind"] == "ddim":
             options["eta"] = run.get("eta") or 0.0
+        elif run.get("eta") is not None:
+            raise ValueError(f"{name}: eta belongs to ddim")
         solver = sampler(options)
         latents = tensors.get(f"in/{name}/latents", tensors.get("in/latents"))
         labels = tensors.get(f"in/{name}/y", tensors.get("in/y"))
         noise = tensors.get(f"in/{name}/noise", tensors.get("in/noise"))
         labels = None if labels is None else labels.long()
+        if classes is not None and labels is None:
+            raise ValueError(f"{name}: n_classes needs in/y")
         states = list(solver.states(denoiser, latents, labels, StoredNoise(noise)))
         out[f"out/{name}/sample"] = states[-1].x
         out[f"out/{name}/trajectory"] = torch.stack([state.x for state in states])
