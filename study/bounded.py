@@ -24,7 +24,10 @@ import numpy as np
 from study.files import UserError
 
 INSTRUCTIONS = 1_000_000
-"""Most instructions of a pickle; a checkpoint of thousands of tensors has 100,000 or so."""
+"""Instructions that any pickle may have; a checkpoint of thousands of tensors has 100,000 or so.
+
+A long log in a checkpoint has more, of four bytes each: a large file may have one for every three.
+"""
 
 SMALL = 256 * 2**20
 """Bytes up to which an array may be compressed however well."""
@@ -240,11 +243,11 @@ def unpickle(
     holds, as those of a mapped file or a buffer do not. ``persistent`` resolves references to
     other parts of the file. Raises ``Damaged`` or ``Refused``.
     """
-    machine = _Machine(find, persistent, size)
+    machine, most = _Machine(find, persistent, size), max(INSTRUCTIONS, size // 3)
     try:
         for number, (code, argument, _) in enumerate(pickletools.genops(stream)):
-            if number > INSTRUCTIONS:
-                raise Damaged(f"a pickle of more than {INSTRUCTIONS:,} instructions")
+            if number > most:
+                raise Damaged(f"a pickle of more than {most:,} instructions")
             machine.step(code.name, argument)
         return machine.stack.pop()
     except (IndexError, KeyError, ValueError, AttributeError):

@@ -1,6 +1,7 @@
 """The workflow, run for real once: what it makes, what edits make it do again, how it goes on."""
 
 import csv
+import fcntl
 import json
 import os
 import re
@@ -401,6 +402,77 @@ def test_no_more_gpu_jobs_at_a_time_than_slots(project, machine, flags, expected
         now += 1 if line[0] == "+" else -1
         most = max(most, now)
     assert most == expected
+
+
+ONE_FAILS_ANOTHER_IS_STOPPED = """
+import sys
+from pathlib import Path
+
+arguments = iter(sys.argv[2:])
+options = {}
+for name in arguments:
+    name, equals, value = name.partition("=")
+    options[name] = value if equals else next(arguments)
+out = Path(options["--out"])
+out.parent.mkdir(parents=True, exist_ok=True)
+if sys.argv[1] == "train":
+    state = Path(options["--state"])
+    state.mkdir(exist_ok=True)
+    with (state / "attempts").open("a") as file:
+        file.write("x")
+    attempts = len((state / "attempts").read_text())
+    if "-none-" not in options["--out"] or attempts == 6:
+        sys.exit("a mistake")
+    (state / "checkpoint.pt").write_text(str(attempts))
+    if attempts <= 5:
+        sys.exit(75)
+    out.mkdir(exist_ok=True)
+    for name in "weights.safetensors raw.safetensors dynamics.parquet timing.parquet".split():
+        (out / name).write_text("x")
+    out = out / "status.json"
+out.write_text("x")
+"""
+
+
+def test_stop_is_no_failure_and_failures_are_counted(project):
+    """One training is stopped five times and fails once; the other one fails at every attempt."""
+    two_arms(project)
+    (project.folder / "study" / "__main__.py").write_text(ONE_FAILS_ANOTHER_IS_STOPPED)
+    done = project.snakemake("--cores", "2", "--keep-going", "--until", "train")
+    assert done.returncode != 0
+    attempts = {
+        path.parents[1].name.split("-")[1]: len(path.read_text())
+        for path in project.results.glob("runs/*/state/attempts")
+    }
+    assert attempts == {"none": 7, "ls": 3}
+    assert len(list(project.results.glob("runs/uvit-none-*/train/status.json"))) == 1
+    assert done.stderr.count("was stopped and will go on; not a failure") == 5
+    (log,) = project.results.glob("runs/uvit-ls-*/logs/train.log")
+    assert f"study: failed, see {log.relative_to(project.folder)}" in done.stderr
+    assert "study:   a mistake" in done.stderr
+
+
+def test_run_of_a_living_job_is_left_to_it(project):
+    two_arms(project)
+    (run,) = (
+        name
+        for name in project.study("runs", "--config", project.config).stdout.split()
+        if name.startswith("uvit-none-")
+    )
+    folder = project.results / "runs" / run / "state"
+    folder.mkdir(parents=True)
+    with (folder / "lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = start(project, "--until", "train")
+        said = project.folder / "stderr"
+        wait_for(
+            lambda: f"study: train waits: {run} still belongs to an earlier job" in said.read_text()
+        )
+        wait_for(lambda: list(project.results.glob("runs/uvit-ls-*/train/status.json")))
+        assert process.poll() is None
+        assert not (folder.parent / "logs/train.log").exists()
+    assert process.wait(120) == 0
+    assert (folder.parent / "train/status.json").exists()
 
 
 # --- mistakes, and promises -------------------------------------------------------------------
