@@ -376,7 +376,7 @@ def test_two_studies_of_one_content_share_its_archive(small):
 def test_a_second_study_of_other_files_under_the_same_name_is_one_line(small):
     manifest = small.folder / "results/t/study.json"
     assert json.loads(manifest.read_text())["config"]["dataset"]["path"] == "images"
-    draw(small.folder / "others", seed=1)
+    draw(small.folder / "others", 9)
     line = other_study(small, path="others").refusal()
     assert line == (
         "study: dataset.path: others does not hold what images holds, which is the data set 'mine' "
