@@ -358,9 +358,15 @@ def runs(config: Config = Path("config.yaml")) -> None:
     """List the runs of a study: folder, arm, seed."""
     from study.arms import runs as resolve
     from study.config import load
+    from study.plan import check, missing_files
 
-    for run in resolve(load(config)).values():
+    study = load(config)
+    found = resolve(study)
+    told = [*check(study, found), *missing_files(study, found)]
+    for run in found.values():
         print(f"{run.name}\t{run.display}\tseed {run.axes['seed']}")
+    for line in told:
+        print(f"study: {line}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=STUDIES)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from study.arms import complete
 from study.autoencoder import LatentDecoder, load_decoder
+from study.averaging import remark
 from study.backbones.base import check_attention
 from study.data import Archive
 from study.diffusion.guidance import guided
@@ -246,6 +247,7 @@ def generate(
         "status": "done",
         "reason": None,
         "images": count,
+        **({"remark": remark(spec)} if protocol["weights"] == "ema" and remark(spec) else {}),
         **facts,
         "weights_sha256": weights_sha256,
         "samples_sha256": sha256(out / "samples.npz"),

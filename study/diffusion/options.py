@@ -5,9 +5,17 @@ configuration can be validated, completed and documented without the numerical l
 `OPTIONS` maps the `kind` of a formulation to its model.
 """
 
+import math
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from study.diffusion.steps import check_betas, linear_end
+from study.files import UserError
+
+Steps = Annotated[int, Field(ge=2, le=1_000_000)]
+"""Entries of a table over the steps of a process."""
 
 
 class _Options(BaseModel):
@@ -17,6 +25,10 @@ class _Options(BaseModel):
     def output_multiplier(self) -> int:
         """Output channels that the network needs for each image channel."""
         return 1
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why; a study may not set them."""
+        yield from ()
 
 
 class EDMOptions(_Options):
@@ -31,6 +43,12 @@ class EDMOptions(_Options):
         None, gt=0, description="Largest noise level the denoiser supports; null: no limit."
     )
 
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.sigma_max is not None and self.sigma_min >= self.sigma_max:
+            raise ValueError("sigma_min must be smaller than sigma_max")
+        return self
+
 
 class VPOptions(_Options):
     """Variance-preserving preconditioning of the EDM family."""
@@ -38,7 +56,7 @@ class VPOptions(_Options):
     kind: Literal["vp"] = "vp"
     beta_d: float = Field(19.9, gt=0, description="Extent of the noise schedule.")
     beta_min: float = Field(0.1, gt=0, description="Initial slope of the noise schedule.")
-    M: int = Field(1000, ge=2, description="Number of discrete steps behind the noise number.")
+    M: Steps = Field(1000, description="Number of discrete steps behind the noise number.")
     epsilon_t: float = Field(1e-5, gt=0, lt=1, description="Smallest time in training.")
 
     @model_validator(mode="after")
@@ -70,7 +88,7 @@ class IDDPMOptions(_Options):
     kind: Literal["iddpm"] = "iddpm"
     C_1: float = Field(0.001, gt=0, le=1, description="Lower limit of one step's signal ratio.")
     C_2: float = Field(0.008, ge=0, description="Offset of the cosine schedule.")
-    M: int = Field(1000, ge=2, description="Number of noise levels.")
+    M: Steps = Field(1000, description="Number of noise levels.")
     variance_channels: bool = Field(
         True,
         description="The network has twice the image channels, as the official one; the second "
@@ -96,9 +114,20 @@ class VPSDEOptions(_Options):
     beta_min: float = Field(0.1, gt=0, description="linear: beta at t = 0.")
     beta_max: float = Field(20.0, gt=0, description="linear: beta at t = 1.")
     cosine_s: float = Field(0.008, ge=0, description="cosine: offset of the schedule.")
-    steps: int = Field(1000, ge=2, description="discrete: number of steps.")
+    steps: Steps = Field(1000, description="discrete: number of steps.")
     beta_start: float = Field(0.00085, gt=0, lt=1, description="discrete: first beta.")
     beta_end: float = Field(0.012, gt=0, lt=1, description="discrete: last beta.")
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        own = {
+            "linear": ("beta_min", "beta_max"),
+            "cosine": ("cosine_s",),
+            "discrete": ("steps", "beta_start", "beta_end"),
+        }
+        for schedule, keys in own.items():
+            if schedule != self.schedule:
+                yield from ((key, f"it belongs to schedule {schedule}") for key in keys)
 
 
 class DDPMOptions(_Options):
@@ -109,7 +138,7 @@ class DDPMOptions(_Options):
     """
 
     kind: Literal["ddpm"] = "ddpm"
-    steps: int = Field(1000, ge=2, description="Number of steps T.")
+    steps: Steps = Field(1000, description="Number of steps T.")
     schedule: str = Field(
         "linear",
         pattern=r"^(linear(\d+(\.\d*)?|\.\d+)?|cosine)$",
@@ -150,11 +179,53 @@ class DDPMOptions(_Options):
         description="One part alone, as a loss or a network of its own sees it; 0: least noise.",
     )
 
+    @field_validator("splits")
+    @classmethod
+    def _in_one_order(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("one of them is given twice")
+        return tuple(sorted(value, reverse=True))
+
     @model_validator(mode="after")
     def _consistent(self):
         if self.split is not None and self.split > len(self.splits):
             raise ValueError(f"split must lie in 0..{len(self.splits)}")
+        try:
+            check_betas(self.schedule, self.steps)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        self._check_splits()
         return self
+
+    def _check_splits(self) -> None:
+        """Every part of the noise levels needs a step of the schedule."""
+        if not self.splits:
+            return
+        ratios, abar, end = [], 1.0, linear_end(self.schedule)
+        for step in range(self.steps):
+            if end is None:
+                now, then = (
+                    math.cos((u / self.steps + 0.008) / 1.008 * math.pi / 2) ** 2
+                    for u in (step, step + 1)
+                )
+                beta = min(1 - then / now, 0.999)
+            else:
+                share = step / (self.steps - 1)
+                beta = 1000 / self.steps * (1e-4 + share * (end - 1e-4))
+            abar *= 1 - beta
+            ratios.append(abar / (1 - abar))
+        bounds = [math.inf, *self.splits, 0.0]
+        for part, (high, low) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if not any(low <= ratio < high for ratio in ratios):
+                raise ValueError(
+                    f"splits: part {part} is empty; the signal-to-noise ratios of the steps "
+                    f"reach from {min(ratios):.2g} to {max(ratios):.2g}"
+                )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        if self.loss in ("kl", "rescaled_kl"):
+            yield "weighting", f"loss {self.loss} is the variational term alone"
 
     @property
     def output_multiplier(self) -> int:

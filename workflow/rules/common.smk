@@ -25,16 +25,22 @@ def stop_with(message):
 
 
 try:
+    # Snakemake has read these files already, but passes over keys that are given twice.
+    for path in map(Path, workflow.configfiles if workflow.is_main_process else ()):
+        inside = path.is_relative_to(Path.cwd())
+        declarations.read(path.relative_to(Path.cwd()) if inside else path)
     STUDY = declarations.load(config)
     RUNS = arms.runs(STUDY)
-    plan.check_shared(STUDY)
+    REMARKS = plan.check(STUDY, RUNS)
+    MISSING = plan.missing_files(STUDY, RUNS)
 except UserError as error:
     stop_with(error)
 
-for name in STUDY.notebooks:
-    if not Path(f"notebooks/{name}.ipynb").is_file():
-        here = ", ".join(sorted(path.stem for path in Path("notebooks").glob("*.ipynb")))
-        stop_with(f"notebooks: there is no notebooks/{name}.ipynb; allowed: {here}")
+if workflow.is_main_process:
+    for line in (*REMARKS, *MISSING):
+        print(f"study: {line}", file=sys.stderr)
+    if STUDY.evaluation.weights and any("evaluation.weights" in line for line in MISSING):
+        sys.exit(2)  # an input of rules, of which Snakemake would say less
 
 # --- paths ---------------------------------------------------------------------------------------
 
@@ -74,7 +80,7 @@ def as_parameter(section, exclude):
 
 
 DATASET = as_parameter(STUDY.dataset, exclude=arms.NOT_SETTINGS)
-GENERATION = as_parameter(STUDY.generation, exclude={"batch": True, "decoder": {"weights": True}})
+GENERATION = canonical_json(STUDY.generation.protocol())
 EVALUATION = canonical_json(STUDY.evaluation.protocol())
 NOTEBOOK = canonical_json({"tables": TABLES, "results": RESULTS, "figures": FIGURES})
 # Of the study as a whole only the tables and the report depend: names, order, notes.
@@ -234,6 +240,8 @@ def slots():
 onstart:
     for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
         stop_with(problem)
+    if MISSING:
+        stop_with("nothing was started: files are missing, see above")
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
     progress.start(
         RESULTS,
