@@ -8,6 +8,7 @@ cannot change numbers (``Study.machine``, paths, display names, notes). No heavy
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -640,10 +641,18 @@ def _check_protocols(study: Study) -> None:
 
 def _check_steps(study: Study, arm: _Arm, spec: dict[str, Any]) -> None:
     """Raise ``UserError`` where the sampler cannot walk the steps of the arm's formulation."""
-    sampler = sampler_options(study.generation.sampler.resolved())
+    sampler, process = sampler_options(study.generation.sampler.resolved()), spec["formulation"]
+    if hasattr(sampler, "sigmas") and process["kind"] in ("edm", "ve"):
+        low, high = sampler.sigmas
+        least, most = process["sigma_min"], process["sigma_max"] or math.inf
+        if max(low, least) >= min(high, most):
+            raise UserError(
+                f"{arm.where}: generation.sampler: noise levels {low:g} to {high:g} have nothing "
+                f"in common with the formulation's {least:g} to {most:g}"
+            )
     if hasattr(sampler, "check"):
         try:
-            sampler.check(discrete_steps(spec["formulation"]))
+            sampler.check(discrete_steps(process))
         except UserError as error:
             raise UserError(f"{arm.where}: generation.sampler: {error}") from None
 

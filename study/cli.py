@@ -4,8 +4,10 @@ Each verb imports its room when it is called; from these imports ``study.digest`
 a stage depends on.
 """
 
+import errno
 import json
 import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -490,8 +492,21 @@ def schema(
         write_text(write, text)
 
 
+HOME = re.compile(r"(--[\w-]+=)?(~)(?=/|$)")
+
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+"""Errors of files that are the machine's or the user's, not the code's."""
+
+
 def main() -> None:
     """Entry point: a user's mistake is one line and exit status 2."""
+    # The shell leaves the ~ of --option=~/file as it is.
+    sys.argv[1:] = [
+        HOME.sub(lambda found: (found[1] or "") + os.path.expanduser("~"), word, count=1)
+        if HOME.match(word)
+        else word
+        for word in sys.argv[1:]
+    ]
     try:
         app(standalone_mode=False)
     except UserError as error:
@@ -508,6 +523,11 @@ def main() -> None:
         sys.exit(2)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in MACHINE:
+            raise
+        print(f"study: {error.filename or 'writing a file'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except Exception as error:
         # Told by name: importing the trainer here would cost every verb its imports.
         if type(error).__name__ != "Interrupted":

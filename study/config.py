@@ -911,6 +911,8 @@ def explain(
             close = difflib.get_close_matches(str(where[-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
+        elif kind == "missing" and where and isinstance(where[-1], int):
+            lines.append(f"{key.rpartition('[')[0]}: too few values; got {shown}")
         elif kind == "missing":
             lines.append(f"{key}: missing")
         elif kind in ("float_type", "int_type") and _number_in_text(value, kind == "int_type"):

@@ -1,20 +1,29 @@
 """Mistakes of a study are one line each, before anything starts, whose advice works."""
 
+import errno
 import json
 import math
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import Project
 from miniature import base
 from pydantic import BaseModel
 
-from study import plan
+from study import cli, plan
 from study.arms import runs
 from study.backbones import FAMILIES
 from study.config import FORMULATIONS, PROBES, SAMPLERS, Study, load, read
 from study.data.convert import convert
+from study.diffusion import formulation
+from study.diffusion.samplers import NoiseSource
+from study.diffusion.samplers import sampler as make_sampler
 from study.files import UserError
 
 
@@ -249,7 +258,7 @@ VALUES = [
     (sampler(kind="ddim", timesteps=10), "has betas above 1"),
     (sampler(kind="ddim", schedule="linear5"), "has betas above 1"),
     (sampler(kind="ddim", schedule="linear0"), "a last beta of 0"),
-    (sampler(kind="euler_maruyama", t_start=1e-3), "t_end 0.001 is not below t_start"),
+    (sampler(kind="euler_maruyama", t_start=0.1, t_end=0.2), "t_end 0.2 is not below t_start"),
     (sampler(kind="edm_ablation", sigma_min=90.0), "sigma_min 90 is not below sigma_max 80"),
     (sampler(kind="edm_heun", steps=10**9), "generation.sampler.steps: input should be less"),
     ({"formulation": {"kind": "ddpm", "schedule": "linear5"}}, "has betas above 1"),
@@ -275,6 +284,15 @@ VALUES = [
     ({"training": {**base()["training"], "batch": 5000}}, "5000 images of a data set (digits) of"),
     ({"training": {**base()["training"], "warmup": 11}}, "never come to the learning rate"),
     ({"training": {**base()["training"], "dropout": 0.1}}, "uvit has none"),
+    (
+        {
+            "formulation": {"kind": "ve", "sigma_max": 0.1},
+            **sampler(kind="edm_heun", sigma_min=0.5),
+        },
+        "noise levels 0.5 to 80 have nothing in common with the formulation's 0.02 to 0.1",
+    ),
+    ({"formulation": {"kind": "edm", "P_mean": 50.0}}, "|P_mean| + 6 P_std may be up to 30"),
+    ({"training": {**base()["training"], "betas": [0.9]}}, "training.betas: too few values"),
     ({"seed": [-1]}, "seed[0]: input should be greater than or equal to 0; got -1"),
     ({"seed": [{"data": -1}]}, "seed[0].data: input should be greater than or equal to 0"),
     ({"seed": [2**63]}, "seed: 9223372036854775808... is beyond 64 bits"),
@@ -305,6 +323,70 @@ VALUES = [
 @pytest.mark.parametrize(("change", "words"), VALUES, ids=[words[:40] for _, words in VALUES])
 def test_a_value_that_cannot_be_is_named_before_anything_starts(change, words):
     assert words in told({**base(), **change})
+
+
+EXTREMES = (1e-300, 1e-9, 1e-6, 1e-3, 0.3, 0.999, 1.0, 2.0, 50.0, 1e3, 1e6, 1e300)
+FEW = {kind: {"steps": 4} for kind in SAMPLERS}
+FEW |= {kind: {"respacing": "4"} for kind in ("ancestral", "ddim")}
+
+
+class Shrinking(torch.nn.Module):
+    """A network that can do nothing wrong, and notices a noise number that is not finite."""
+
+    def __init__(self, multiplier: int) -> None:
+        super().__init__()
+        self.multiplier = multiplier
+
+    def forward(self, x, noise, label=None):
+        assert noise.isfinite().all()
+        return torch.cat([0.1 * x] * self.multiplier, 1)
+
+
+def accepted(model: type[BaseModel], start: dict) -> Iterator[dict]:
+    """What a model takes of extreme numbers, one key at a time, together with ``start``."""
+    for key in _floats(model):
+        for value in EXTREMES:
+            with suppress(ValueError):
+                model.model_validate_json(json.dumps({**start, key: value}), strict=True)
+                yield {**start, key: value}
+
+
+@pytest.mark.parametrize(
+    ("kind", "start"),
+    [
+        *((kind, {}) for kind in FORMULATIONS),
+        ("vpsde", {"schedule": "cosine"}),
+        ("vpsde", {"schedule": "discrete"}),
+    ],
+)
+def test_what_a_formulation_accepts_it_can_do(kind, start):
+    images = torch.linspace(-1, 1, 32).reshape(8, 1, 2, 2)
+    for options in accepted(FORMULATIONS[kind], start):
+        one = formulation({"kind": kind, **options})
+        noise = torch.Generator().manual_seed(0)
+        draws = (torch.rand if one.draw == "uniform" else torch.randn)(8, generator=noise)
+        if one.draw == "uniform":
+            draws[:2] = torch.tensor([0.0, 1 - 2**-24])
+        loss = one.loss(Shrinking(one.output_multiplier), images, draws, torch.randn(images.shape))
+        assert loss.per_sample.isfinite().all(), options
+        assert loss.sigma.isfinite().all(), options
+
+
+@pytest.mark.parametrize("process", ["edm", "ddpm"])
+@pytest.mark.parametrize("start", [{}, {"discretization": "vp", "schedule": "vp"}], ids=str)
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_what_a_sampler_accepts_it_can_do(kind, start, process):
+    if start and kind != "edm_ablation":
+        pytest.skip("a discretisation belongs to edm_ablation")
+    start = {**FEW[kind], **start, **({"S_churn": 1.0} if kind.startswith("edm") else {})}
+    one = formulation({"kind": process})
+    denoiser = one.denoiser(Shrinking(one.output_multiplier))
+    noise = NoiseSource([0, 1], (1, 2, 2))
+    for options in accepted(SAMPLERS[kind], start):
+        found = make_sampler({"kind": kind, **options}).sample(
+            denoiser, noise.latents(), None, noise=noise
+        )
+        assert found.isfinite().all(), options
 
 
 IDLE = [
@@ -371,6 +453,27 @@ def test_home_is_known_in_every_path(monkeypatch):
     ] == [
         f"/home/someone/{name}" for name in ("latents", "decoder.pt", "fid.pth", "images", "w.pth")
     ]
+
+
+@pytest.mark.parametrize("words", [["--config", "~/own.yaml"], ["--config=~/own.yaml"]])
+def test_home_is_known_on_the_command_line(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "own.yaml").write_text(json.dumps(base()))
+    monkeypatch.setattr(sys, "argv", ["study", "runs", *words])
+    cli.main()
+    assert "uvit · none · dsm" in capsys.readouterr().out
+
+
+def test_a_full_disk_is_one_line(monkeypatch, capsys):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/where")
+
+    monkeypatch.setattr("study.files.write_text", full)
+    monkeypatch.setattr(sys, "argv", ["study", "schema", "--write", "/some/where"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "study: /some/where: No space left on device\n"
 
 
 # --- what lies here --------------------------------------------------------------------------

@@ -4,9 +4,38 @@ A study is checked with it before anything starts; the tables of ``study.diffusi
 made with it.
 """
 
+import math
 import re
+from typing import Annotated
+
+from pydantic import Field
 
 from study.files import UserError
+
+Sigma = Annotated[float, Field(ge=1e-6, le=1e6)]
+"""A noise level in EDM terms that single precision can tell from no noise and from nothing else."""
+
+Steps = Annotated[int, Field(ge=2, le=100_000)]
+"""Entries of a table over the steps of a process."""
+
+MOST_NOISE = 60.0
+"""Largest integral of beta over a process; single precision ends at 88."""
+
+
+def check_noise(integral: float, keys: str) -> None:
+    """Raise ``UserError`` where a process ends with more noise than single precision has."""
+    if not integral <= MOST_NOISE:
+        raise UserError(
+            f"{keys}: betas that add up to {integral:.3g} end beyond single precision; they may "
+            f"add up to {MOST_NOISE:g}"
+        )
+
+
+def summed_betas(start: float, end: float, steps: int) -> float:
+    """-ln of the last signal level of betas linear in their square root (Stable Diffusion)."""
+    low, high = math.sqrt(start), math.sqrt(end)
+    roots = (low + (high - low) * step / (steps - 1) for step in range(steps))
+    return -sum(math.log1p(-(root**2)) for root in roots)
 
 
 def linear_end(name: str) -> float | None:

@@ -23,13 +23,11 @@ from pydantic import (
     model_validator,
 )
 
-from study.diffusion.steps import check_betas, kept_steps
+from study.diffusion.steps import Sigma, Steps, check_betas, kept_steps
 from study.files import UserError
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 """Steps of a sampler."""
-Steps = Annotated[int, Field(ge=2, le=1_000_000)]
-"""Entries of a table over the steps of a process."""
 
 
 def _infinite(value: Any) -> Any:
@@ -80,7 +78,7 @@ class _Churn(SamplerOptions):
         json_schema_extra={"default": "inf"},
     )
     S_noise: float = Field(
-        default=1.0, ge=0, description="Standard deviation of the added noise, 1 in theory."
+        default=1.0, ge=0, le=100, description="Standard deviation of the added noise, 1 in theory."
     )
 
     @model_validator(mode="after")
@@ -100,15 +98,16 @@ class EDMHeunOptions(_Churn):
 
     kind: Literal["edm_heun"] = Field(default="edm_heun", description="EDM's sampler.")
     steps: Count = Field(default=18, description="Number of steps N.")
-    sigma_min: float = Field(
+    sigma_min: Sigma = Field(
         default=0.002,
-        gt=0,
         description="Last noise level above zero; the network's range clips it.",
     )
-    sigma_max: float = Field(
-        default=80.0, gt=0, description="First noise level; the network's range clips it."
+    sigma_max: Sigma = Field(
+        default=80.0, description="First noise level; the network's range clips it."
     )
-    rho: float = Field(default=7.0, gt=0, description="Curvature of the noise levels; 1 is linear.")
+    rho: float = Field(
+        default=7.0, ge=0.1, le=1000, description="Curvature of the noise levels; 1 is linear."
+    )
     solver: Literal["heun", "euler"] = Field(
         default="heun",
         description="heun: second order, 2N-1 evaluations. euler: first order, N evaluations.",
@@ -120,6 +119,11 @@ class EDMHeunOptions(_Churn):
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
         return self
 
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max)."""
+        return self.sigma_min, self.sigma_max
+
     def evaluations(self, timesteps: int | None = None) -> int:
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
@@ -129,19 +133,19 @@ class EDMAblationOptions(_Churn):
 
     kind: Literal["edm_ablation"] = Field(default="edm_ablation", description="EDM's ablations.")
     steps: Count = Field(default=18, description="Number of steps N.")
-    sigma_min: float | None = Field(
+    sigma_min: Sigma | None = Field(
         default=None,
-        gt=0,
         description="Last noise level above zero; null takes the discretisation's own "
         "(vp: sigma_vp(epsilon_s), ve 0.02, iddpm 0.002, edm 0.002).",
     )
-    sigma_max: float | None = Field(
+    sigma_max: Sigma | None = Field(
         default=None,
-        gt=0,
         description="First noise level; null takes the discretisation's own "
         "(vp: sigma_vp(1), ve 100, iddpm 81, edm 80).",
     )
-    rho: float = Field(default=7.0, gt=0, description="Curvature of the edm discretisation.")
+    rho: float = Field(
+        default=7.0, ge=0.1, le=1000, description="Curvature of the edm discretisation."
+    )
     solver: Literal["heun", "euler"] = Field(default="heun", description="Order 2 or order 1.")
     discretization: Literal["vp", "ve", "iddpm", "edm"] = Field(
         default="edm", description="Which noise levels are visited."
@@ -153,12 +157,15 @@ class EDMAblationOptions(_Churn):
         default="none", description="s(t), the scaling of the signal as a function of time."
     )
     epsilon_s: float = Field(
-        default=1e-3, gt=0, lt=1, description="Smallest time of the vp discretisation."
+        default=1e-3, ge=1e-6, lt=1, description="Smallest time of the vp discretisation."
     )
     C_1: float = Field(
-        default=1e-3, gt=0, description="Floor of the iddpm table's ratio of signal levels."
+        default=1e-3,
+        ge=1e-6,
+        lt=1,
+        description="Floor of the iddpm table's ratio of signal levels.",
     )
-    C_2: float = Field(default=8e-3, ge=0, description="Time offset of the iddpm table.")
+    C_2: float = Field(default=8e-3, ge=0, le=10, description="Time offset of the iddpm table.")
     M: Steps = Field(default=1000, description="Number of entries of the iddpm table.")
     alpha: float = Field(
         default=1.0,
@@ -170,13 +177,19 @@ class EDMAblationOptions(_Churn):
 
     @model_validator(mode="after")
     def _ordered(self) -> "EDMAblationOptions":
-        low, high = self.range
+        low, high = self.sigmas
         if low >= high:
             raise ValueError(f"sigma_min {low:.4g} is not below sigma_max {high:.4g}")
+        if "vp" in (self.discretization, self.schedule):
+            first, last, time = math.log1p(low**2), math.log1p(high**2), self.epsilon_s
+            if first > time * last:
+                raise ValueError(
+                    f"no vp schedule has sigma {low:.4g} at epsilon_s {time:g} and {high:.4g} at 1"
+                )
         return self
 
     @property
-    def range(self) -> tuple[float, float]:
+    def sigmas(self) -> tuple[float, float]:
         """(sigma_min, sigma_max), the discretisation's own where none are given."""
         time = self.epsilon_s  # vp: beta from 0.1 to 20
         lowest, highest = {
@@ -217,7 +230,7 @@ class _VPTime(SamplerOptions):
         "cosine: improved DDPM's. discrete: Stable Diffusion's 1000 steps.",
     )
     t_start: float = Field(
-        default=1.0, gt=0, le=1, description="First time; clipped to the denoiser's sigma range."
+        default=1.0, ge=0.05, le=1, description="First time; clipped to the denoiser's sigma range."
     )
     t_end: float
 
@@ -236,7 +249,9 @@ class DPMSolverOptions(_VPTime):
     spacing: Literal["logsnr", "time"] = Field(
         default="logsnr", description="Steps uniform in log signal-to-noise ratio or in time."
     )
-    t_end: float = Field(default=1e-4, gt=0, lt=1, description="Last time; the sample is x there.")
+    t_end: float = Field(
+        default=1e-4, ge=1e-6, lt=1, description="Last time; the sample is x there."
+    )
     precision: Literal["float64", "float32"] = Field(
         default="float64",
         description="Of the solver's schedule. float32 is that of U-ViT's released code, whose s "
@@ -257,7 +272,9 @@ class DPMSolverPPOptions(DPMSolverOptions):
     spacing: Literal["logsnr", "time"] = Field(
         default="time", description="Steps uniform in log signal-to-noise ratio or in time."
     )
-    t_end: float = Field(default=1e-3, gt=0, lt=1, description="Last time; the sample is x there.")
+    t_end: float = Field(
+        default=1e-3, ge=1e-6, lt=1, description="Last time; the sample is x there."
+    )
     prediction: ClassVar[str] = "data"
 
 
@@ -270,7 +287,10 @@ class EulerMaruyamaOptions(_VPTime):
         default="sde", description="sde: noise at every update but the last. ode: deterministic."
     )
     t_end: float = Field(
-        default=1e-3, gt=0, lt=1, description="Last time above zero; one update from it ends at 0."
+        default=1e-3,
+        ge=1e-6,
+        lt=1,
+        description="Last time above zero; one update from it ends at 0.",
     )
 
     def evaluations(self, timesteps: int | None = None) -> int:
@@ -373,7 +393,7 @@ class DDIMOptions(_Discrete):
 
     kind: Literal["ddim"] = Field(default="ddim", description="DDIM.")
     eta: float = Field(
-        default=0.0, ge=0, description="0 is deterministic; 1 has DDPM's posterior variance."
+        default=0.0, ge=0, le=10, description="0 is deterministic; 1 has DDPM's posterior variance."
     )
 
 
