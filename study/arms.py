@@ -7,9 +7,11 @@ cannot change numbers (``Study.machine``, paths, display names, notes). No heavy
 
 import hashlib
 import itertools
+import json
+import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -26,12 +28,15 @@ from study.config import (
     Model,
     Probe,
     SkipScaling,
+    SplitModel,
     Study,
     Target,
     Training,
     check,
+    leaves,
 )
-from study.diffusion.samplers.options import guidance_options
+from study.diffusion.samplers.options import discrete_steps, guidance_options
+from study.diffusion.samplers.options import options as sampler_options
 from study.files import UserError, canonical_json
 
 RUN_PATTERN = r"[A-Za-z0-9._-]+-s\d+-[0-9a-f]{8}"
@@ -265,6 +270,11 @@ def resolve_backbone(
             known = ", ".join(dict.fromkeys([*study.backbones, *FAMILIES]))
             raise UserError(f"{where}: {name!r} is no backbone of this study; allowed: {known}")
         entry = BackboneEntry()
+    if (entry.family or name) not in FAMILIES:
+        raise UserError(
+            f"backbones.{name}.family: {entry.family or name!r} is unknown; allowed: "
+            f"{', '.join(FAMILIES)}"
+        )
     kind = family(entry.family or name)
     presets = kind.presets or {}
     if entry.preset is not None and entry.preset not in presets:
@@ -286,9 +296,13 @@ def resolve_backbone(
 
 @dataclass(frozen=True)
 class _Arm:
-    """An arm before its seeds: everything a run needs but them."""
+    """An arm before its seeds: everything a run needs but them.
+
+    ``where`` is its place in the study, ``training_at`` that of its training keys.
+    """
 
     where: str
+    training_at: str
     name: str | None
     grid: bool
     backbone: str
@@ -317,9 +331,11 @@ def _grid_arms(study: Study, grid: Grid, where: str) -> Iterator[_Arm]:
         grid.skip_scaling,
         grid.target,
     )
+    numbers = {id(keys): number for number, keys in enumerate(grid.training)}
     for backbone, formulation, training, scaling, target in itertools.product(*axes):
         yield _Arm(
             where=f"{where}.backbone",
+            training_at=f"{where}.training[{numbers[id(training)]}]",
             name=None,
             grid=True,
             backbone=backbone,
@@ -335,6 +351,7 @@ def _grid_arms(study: Study, grid: Grid, where: str) -> Iterator[_Arm]:
 def _extra_arm(study: Study, arm: Arm, where: str) -> _Arm:
     return _Arm(
         where=where,
+        training_at=f"{where}.training",
         name=arm.name,
         grid=False,
         backbone=arm.backbone,
@@ -351,6 +368,8 @@ def _extra_arm(study: Study, arm: Arm, where: str) -> _Arm:
 
 def _short(options: dict[str, Any]) -> str:
     def text(value: Any) -> str:
+        if isinstance(value, dict):
+            return f"({_short(value)})"
         return f"{value:g}" if isinstance(value, float) else str(value)
 
     return ", ".join(f"{key}={text(value)}" for key, value in sorted(options.items()))
@@ -367,6 +386,22 @@ def _channels(dataset: dict[str, Any]) -> int | None:
     return 1 if dataset["color"] == "grey" else 3
 
 
+IMAGES = {
+    ("digits", "train"): 1797,
+    ("digits", "all"): 1797,
+    ("cifar10", "train"): 50_000,
+    ("cifar10", "test"): 10_000,
+    ("cifar10", "all"): 60_000,
+}
+"""Images of sources that are always the same."""
+
+
+def images_of(dataset: dict[str, Any]) -> int | None:
+    """Images that a spec's data set has; ``None`` where its source decides."""
+    known = IMAGES.get((dataset["source"], dataset["split"] or "train"))
+    return known and min(known, dataset["max_images"] or known)
+
+
 def image_shape(dataset: dict[str, Any]) -> tuple[int | None, int | None]:
     """Resolution and channels that a spec's data set fixes; ``None`` where its images decide."""
     resolution = dataset["resolution"]
@@ -375,6 +410,56 @@ def image_shape(dataset: dict[str, Any]) -> tuple[int | None, int | None]:
     if resolution is None and dataset["source"] == "cifar10":
         resolution = 32
     return resolution, _channels(dataset)
+
+
+def same_factors(scaling: SkipScaling, shapes: list[tuple[int, int]]) -> SkipScaling:
+    """The plainest scaling that is the same on long skips of these widths and levels.
+
+    On skips that all differ in shape ``ls`` shares no gate; of constant scalings the powers of
+    kappa may all be 0, or 0, 1, 2, ... as those of ``per_skip``.
+    """
+    if scaling.method == "ls_unshared" and len(set(shapes)) == len(shapes):
+        return SkipScaling(method="ls")
+    if scaling.method != "cs":
+        return scaling
+    count = len(shapes)
+    ranks = {level: rank for rank, level in enumerate(dict.fromkeys(level for _, level in shapes))}
+    powers = {
+        "per_skip": list(range(count)),
+        "per_level": [ranks[level] for _, level in shapes],
+        "normalised": [(scaling.innermost or 0) * i / max(count - 1, 1) for i in range(count)],
+    }
+    if not any(powers[scaling.exponent]):
+        return SkipScaling(method="none")
+    if powers[scaling.exponent] == powers["per_skip"]:
+        return SkipScaling(method="cs", kappa=scaling.kappa)
+    return scaling
+
+
+def _check_size(where: str, spec: dict[str, Any], images: int) -> None:
+    """Raise ``UserError`` where a step needs more images than there are."""
+    training, target, name = spec["training"], spec["target"], spec["dataset"]["name"]
+    if training["batch"] > images:
+        raise UserError(
+            f"{where}: training.batch: {training['batch']} images of a data set ({name}) of "
+            f"{images}; take at most that many"
+        )
+    if target["kind"] == "stf" and target["reference"] > images:
+        raise UserError(
+            f"{where}: target stf({target['reference']}): data set {name} has only {images} "
+            f"images; take at most stf({images})"
+        )
+
+
+def check_archive(runs: dict[str, Run], name: str, images: int, shape: tuple[int, int]) -> None:
+    """Raise ``UserError`` where runs do not fit a converted data set.
+
+    ``images`` and ``shape`` (resolution, channels) are those of the archive called ``name``.
+    """
+    for run in runs.values():
+        if run.spec["dataset"]["name"] == name and run.checkpoint is None:
+            _check_size(run.display, run.spec, images)
+            _check_network(run.display, run.spec, *shape)
 
 
 def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
@@ -386,6 +471,20 @@ def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
         raise UserError(
             f"{arm.where}: target stf({target['reference']}) has fewer reference images than "
             f"training.batch ({training['batch']}); the batch is part of the reference"
+        )
+    images = images_of(dataset)
+    if images is not None and arm.checkpoint is None:
+        _check_size(arm.where, spec, images)
+    for model in () if arm.checkpoint else models(spec):
+        if model["warmup"] > model["steps"]:
+            raise UserError(
+                f"{arm.where}: training.warmup: {model['warmup']} steps of warm-up in a training "
+                f"of {model['steps']} never come to the learning rate; take fewer"
+            )
+    if training["dropout"] and entry["family"] in ("uvit", "udit"):
+        raise UserError(
+            f"{arm.where}: training.dropout: {entry['family']} has none; set it under "
+            "backbones.<name>.training of those that have"
         )
     if training["conditional"] and not dataset["labels"]:
         raise UserError(f"{arm.where}: training.conditional needs dataset.labels: true")
@@ -404,15 +503,27 @@ def _check_combination(arm: _Arm, spec: dict[str, Any]) -> None:
             f"{arm.where}: training.augment needs a network that takes augmentation labels "
             f"(ddpmpp, ncsnpp), not {entry['family']}"
         )
+    _check_network(arm.where, spec, *image_shape(dataset))
+
+
+def _check_network(
+    where: str, spec: dict[str, Any], resolution: int | None, channels: int | None
+) -> None:
+    from study.diffusion.options import OPTIONS
+
+    entry, scaling = spec["backbone"], SkipScaling(**spec["skip_scaling"])
     model = family(entry["family"]).options
     if model is None:
         return
-    resolution, channels = image_shape(dataset)
+    process = OPTIONS[spec["formulation"]["kind"]].model_validate(spec["formulation"])
     problem = model.model_validate(entry["options"]).problem(
-        resolution=resolution, channels=channels, scaling=spec["skip_scaling"]["method"]
+        resolution=resolution,
+        channels=channels,
+        scaling=scaling.method,
+        outputs=process.output_multiplier,
     )
     if problem:
-        raise UserError(f"{arm.where}: {entry['family']} with {arm.scaling}: {problem}")
+        raise UserError(f"{where}: {entry['family']} with {scaling}: {problem}")
 
 
 _NO_NULL = {
@@ -503,6 +614,17 @@ def _check_splits(arm: _Arm, spec: dict[str, Any]) -> None:
 
 
 def _check_checkpoint(arm: _Arm, spec: dict[str, Any]) -> None:
+    idle = [key for key in arm.training if key not in KEPT]
+    if idle:
+        raise UserError(
+            f"{arm.where}.training.{idle[0]} cannot act: the weights of a checkpoint are not "
+            "trained; leave it out"
+        )
+    if arm.target.kind != "dsm":
+        raise UserError(
+            f"{arm.where}.target cannot act: the weights of a checkpoint are not trained; leave "
+            "it out"
+        )
     if len(arm.seeds) > 1:
         raise UserError(
             f"{arm.where}.seed: a checkpoint is one trained network, not {len(arm.seeds)}; "
@@ -585,86 +707,220 @@ def _check_protocols(study: Study) -> None:
         raise UserError("evaluation.metrics: 'is' needs class logits, which pixels does not have")
 
 
+def _check_steps(study: Study, arm: _Arm, spec: dict[str, Any]) -> None:
+    """Raise ``UserError`` where the sampler cannot walk the steps of the arm's formulation."""
+    sampler, process = sampler_options(study.generation.sampler.resolved()), spec["formulation"]
+    if hasattr(sampler, "sigmas") and process["kind"] in ("edm", "ve"):
+        low, high = sampler.sigmas
+        least, most = process["sigma_min"], process["sigma_max"] or math.inf
+        if max(low, least) >= min(high, most):
+            raise UserError(
+                f"{arm.where}: generation.sampler: noise levels {low:g} to {high:g} have nothing "
+                f"in common with the formulation's {least:g} to {most:g}"
+            )
+    if hasattr(sampler, "check"):
+        try:
+            sampler.check(discrete_steps(process))
+        except UserError as error:
+            raise UserError(f"{arm.where}: generation.sampler: {error}") from None
+
+
+def _training(study: Study, arm: _Arm, entry: dict[str, Any]) -> dict[str, Any]:
+    """The training section of an arm: the study's, then the backbone's, then its own keys."""
+    whole = {**study.training.model_dump(mode="json"), **entry, **arm.training}
+    try:
+        return check(Training, whole).model_dump(mode="json")
+    except UserError as error:
+        lines = []
+        for line in str(error).splitlines():
+            key = re.match(r"\w*", line)[0]
+            if key in arm.training:
+                line = f"{arm.training_at}.{line}"
+            elif key in entry:
+                line = f"backbones.{arm.backbone}.training.{line}"
+            else:
+                line = f"training.{line}"
+            lines.append(line)
+        raise UserError("\n".join(lines)) from None
+
+
+def _normal_models(training: dict[str, Any], splits: list[float]) -> list[dict[str, Any]]:
+    """``training.models`` without what it repeats; empty where it says what would be anyway."""
+    listed = [
+        {key: None if training.get(key, ...) == value else value for key, value in model.items()}
+        for model in training["models"]
+    ]
+    nothing = dict.fromkeys(SplitModel.model_fields)
+    same = [{**nothing, "split": split} for split in range(len(splits) + 1)]
+    return [] if listed == same else listed
+
+
+class _Names:
+    """The display names of arms: one for each setting, one setting for each."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, tuple[str, str]] = {}
+        self.places: dict[str, str] = {}
+        self.repeated: dict[str, str] = {}
+
+    def add(self, arm: _Arm, identity: str, known: bool) -> None:
+        """Note where the arm is described; ``known``: a run of it is there already."""
+        if arm.name is not None:
+            name, where = self.given.setdefault(identity, (arm.name, arm.where))
+            if name != arm.name:
+                raise UserError(
+                    f"{arm.where}.name: {arm.name!r} has the settings of {where} ({name!r}); one "
+                    "setting has one name, so leave one of them out"
+                )
+            for other, (name, where) in self.given.items():
+                if name == arm.name and other != identity:
+                    raise UserError(
+                        f"{arm.where}.name: {name!r} is the name of {where}, whose settings are "
+                        "others; choose another name"
+                    )
+        first = self.places.setdefault(identity, arm.where)
+        if known and (arm.name is None or not first.startswith("grid")):
+            self.repeated.setdefault(identity, first)
+
+
+def _told_apart(found: dict[str, Run], named: set[str]) -> dict[str, Run]:
+    """The runs with what differs added to display names that several arms would share.
+
+    Settings at their defaults are not shown.
+    """
+    groups: dict[str, dict[str, dict[str, Any]]] = {}
+    for run in found.values():
+        if run.arm not in named:
+            settings = leaves({**canonical(run.spec), "seeds": None})
+            groups.setdefault(run.display, {})[run.arm] = settings
+    more: dict[str, str] = {}
+    for arms in groups.values():
+        keys = list(dict.fromkeys(key for settings in arms.values() for key in settings))
+        apart = [key for key in keys if len({repr(one.get(key)) for one in arms.values()}) > 1]
+        for arm, settings in arms.items():
+            own = [(key.rpartition(".")[2], settings[key]) for key in apart if key in settings]
+            more[arm] = "".join(f" · {key}={value}" for key, value in own)
+    return {
+        name: replace(run, display=run.display + more.get(run.arm, ""))
+        for name, run in found.items()
+    }
+
+
 def runs(study: Study) -> dict[str, Run]:
     """All runs of a study by folder name, grid first, in the order of the configuration.
 
-    Arms that resolve to the same settings are one arm; the explicit name wins. Raises
-    ``UserError`` for names and combinations that cannot be.
+    Arms that resolve to the same settings are one arm (``remarks`` tells which); a name given to
+    one of them is its name. Raises ``UserError`` for names and combinations that cannot be.
     """
+    return _resolve(study)[0]
+
+
+def remarks(study: Study) -> list[str]:
+    """What a study should know of its arms: a line for each that is another one's twin."""
+    return _resolve(study)[1]
+
+
+def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
     _check_protocols(study)
     if not study.grid and not study.arms:
         raise UserError("grid: the study has neither a grid nor arms; nothing would run")
+    ours = study.training.model_dump(mode="json")
+    for name in study.backbones:
+        _, training = resolve_backbone(study, name, {}, f"backbones.{name}")
+        check(Training, {**ours, **training}, f"backbones.{name}.training.")
     dataset = study.dataset.model_dump(mode="json", exclude=NOT_SETTINGS)
     backbones: dict[str, Any] = {}
     trainings: dict[str, dict[str, Any]] = {}
     result: dict[str, Run] = {}
+    names, lines = _Names(), []
     for arm in _arms(study):
-        key = canonical_json([arm.backbone, arm.options])
+        key = json.dumps([arm.backbone, arm.options])
         if key not in backbones:
             backbones[key] = resolve_backbone(study, arm.backbone, arm.options, arm.where)
         section, entry_training = backbones[key]
-        overrides = {**entry_training, **arm.training}
-        key = canonical_json(overrides)
+        key = json.dumps([entry_training, arm.training])
         if key not in trainings:
-            whole = {**study.training.model_dump(mode="json"), **overrides}
-            prefix = f"{arm.where}.training." if arm.training else "training."
-            trainings[key] = check(Training, whole, prefix).model_dump(mode="json")
+            trainings[key] = _training(study, arm, entry_training)
+        scaling = _plain_scaling(arm, section, lines)
+        formulation = arm.formulation.resolved()
         spec = {
             "dataset": dataset,
             "backbone": section,
-            "skip_scaling": arm.scaling.model_dump(mode="json"),
+            "skip_scaling": scaling.model_dump(mode="json"),
             "target": arm.target.model_dump(mode="json"),
-            "formulation": arm.formulation.resolved(),
+            "formulation": formulation,
             "training": trainings[key],
         }
         _check_combination(arm, spec)
         _check_machine(study, arm, spec)
         _check_guidance(study, arm, spec)
+        _check_steps(study, arm, spec)
+        if spec["training"]["models"]:
+            listed = _normal_models(spec["training"], formulation["splits"])
+            spec["training"] = {**spec["training"], "models": listed}
         if arm.checkpoint is not None:
             kept = {key: spec["training"][key] for key in KEPT}
             spec["training"] = {**_defaults(Training), **UNTRAINED, **kept}
             spec["checkpoint"] = arm.checkpoint.identity()
         axes = {
             "backbone": arm.backbone + (f"({_short(arm.options)})" if arm.options else ""),
-            "skip_scaling": str(arm.scaling),
+            "skip_scaling": str(scaling),
             "target": arm.target.kind,
             "formulation": arm.formulation.kind,
             "training": _short(arm.training),
         }
+        slug = "-".join([section["family"].replace("_", "-"), _slug(str(scaling)), arm.target.kind])
+        parts = canonical({**spec, "seeds": None})
+        del parts["seeds"]
+        identity = f"{slug}-{digest(parts)}"
+        path = arm.checkpoint.path if arm.checkpoint else None
+        extra = [axes["training"]] if axes["training"] else []
+        extra += [arm.checkpoint.label] if arm.checkpoint else []
+        display = " · ".join([axes["backbone"], axes["skip_scaling"], axes["target"], *extra])
         for seed in arm.seeds:
             short, seeds = _seeds(seed)
-            whole = {**spec, "seeds": seeds}
-            parts = canonical(whole)
-            slug = "-".join(
-                [section["family"].replace("_", "-"), _slug(str(arm.scaling)), arm.target.kind]
-            )
-            name = f"{slug}-s{seeds['init']}-{digest(parts)}"
+            name = f"{slug}-s{seeds['init']}-{digest({**parts, 'seeds': seeds})}"
             former = result.get(name)
-            path = arm.checkpoint.path if arm.checkpoint else None
             if former is not None and former.checkpoint != path:
                 raise UserError(
                     f"{arm.where}.checkpoint: {path} and {former.checkpoint} have the same name "
                     "and settings; give them names, or their sha256"
                 )
-            if former is not None and (arm.name is None or not former.grid):
-                continue
-            del parts["seeds"]
-            extra = [axes["training"]] if axes["training"] else []
-            extra += [arm.checkpoint.label] if arm.checkpoint else []
-            display = arm.name or " · ".join(
-                [axes["backbone"], axes["skip_scaling"], axes["target"], *extra]
-            )
-            result[name] = Run(
-                name=name,
-                arm=f"{slug}-{digest(parts)}",
-                display=display,
-                grid=former.grid if former else arm.grid,
-                axes={**(former.axes if former else axes), "seed": short},
-                spec=whole,
-                checkpoint=path,
-            )
+            names.add(arm, identity, former is not None and scaling == arm.scaling)
+            if former is None:
+                result[name] = Run(
+                    name=name,
+                    arm=identity,
+                    display=display,
+                    grid=arm.grid,
+                    axes={**axes, "seed": short},
+                    spec={**spec, "seeds": seeds},
+                    checkpoint=path,
+                )
     _check_probes(study, result)
-    return result
+    result = _told_apart(result, set(names.given))
+    for name, run in result.items():
+        if run.arm in names.given:
+            result[name] = replace(run, display=names.given[run.arm][0])
+    twice = {run.arm: run.display for run in result.values() if run.arm in names.repeated}
+    if twice:
+        first, *more = twice.values()
+        whose = f"{first} and {len(more)} more are" if more else f"{first} is"
+        lines.append(f"{whose} described more than once, which makes one arm")
+    return result, list(dict.fromkeys(lines))
+
+
+def _plain_scaling(arm: _Arm, section: dict[str, Any], lines: list[str]) -> SkipScaling:
+    """The arm's scaling as its backbone tells it apart; ``lines`` gets a word on a change."""
+    model = family(section["family"]).options
+    if model is None:
+        return arm.scaling
+    plain = same_factors(arm.scaling, model.model_validate(section["options"]).skip_shapes())
+    if plain != arm.scaling:
+        lines.append(
+            f"{arm.backbone}: {arm.scaling} is {plain} on its long skips; the two are one arm"
+        )
+    return plain
 
 
 def manifest(study: Study, all_runs: dict[str, Run]) -> dict[str, Any]:

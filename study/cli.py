@@ -9,6 +9,7 @@ import json
 import locale
 import logging
 import os
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -376,9 +377,15 @@ def runs(config: Config = Path("config.yaml")) -> None:
     """List the runs of a study: folder, arm, seed."""
     from study.arms import runs as resolve
     from study.config import load
+    from study.plan import check, missing_files
 
-    for run in resolve(load(config)).values():
+    study = load(config)
+    found = resolve(study)
+    told = [*check(study, found), *missing_files(study, found)]
+    for run in found.values():
         print(f"{run.name}\t{run.display}\tseed {run.axes['seed']}")
+    for line in told:
+        print(f"study: {line}", file=sys.stderr)
 
 
 @app.command(rich_help_panel=STUDIES)
@@ -502,6 +509,9 @@ def schema(
         write_text(write, text)
 
 
+HOME = re.compile(r"(--[\w-]+=)?(~)(?=/|$)")
+
+
 def _speak_utf8() -> None:
     """Start anew in Python's UTF-8 mode where the locale has another encoding.
 
@@ -530,6 +540,13 @@ def main() -> None:
     same command goes on later.
     """
     _speak_utf8()
+    # The shell leaves the ~ of --option=~/file as it is.
+    sys.argv[1:] = [
+        HOME.sub(lambda found: (found[1] or "") + os.path.expanduser("~"), word, count=1)
+        if HOME.match(word)
+        else word
+        for word in sys.argv[1:]
+    ]
     # xformers, where it is asked for and built for another torch, warns at length of what one line
     # of ours says.
     logging.getLogger("xformers").setLevel(logging.ERROR)

@@ -6,12 +6,15 @@ that ``workflow/schemas/study.schema.json`` holds. No heavy imports: the Snakefi
 
 import difflib
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -29,13 +32,20 @@ from study.diffusion.samplers.options import GuidanceOptions
 from study.files import UserError
 from study.probes.options import OPTIONS as PROBES
 
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
+
+Place = Annotated[
+    str,
+    StringConstraints(min_length=1, pattern=r"^[^\x00-\x1f]+$"),
+    AfterValidator(os.path.expanduser),
+]
+"""Where a file or folder lies; ``~`` is the user's home."""
 
 
 class Model(BaseModel):
-    """Base of all sections: unknown keys are errors."""
+    """Base of all sections: unknown keys are errors, and so are infinite numbers."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Shorthand(Model):
@@ -76,6 +86,21 @@ def _number(text: str, of: str, kind: type[int] | type[float]) -> float:
         raise ValueError(f"{of}({text}): {text!r} is not a number") from None
 
 
+def _refuse_idle(model: Any) -> None:
+    """Raise ``ValueError`` for a key that is not at its default and cannot act."""
+    fields = type(model).model_fields
+    for key, why in model.idle():
+        if getattr(model, key) != fields[key].get_default(call_default_factory=True):
+            raise ValueError(f"{key} cannot act: {why}; leave it out")
+
+
+_SPLITS: dict[str, tuple[str | None, ...]] = {
+    "digits": (None, "train", "all"),
+    "cifar10": (None, "train", "test", "all"),
+    "archive": (None, "train"),
+}
+
+
 class Dataset(Model):
     """The data set and how it is converted."""
 
@@ -94,7 +119,7 @@ class Dataset(Model):
         "latents",
         "archive",
     ] = Field(description="Where the images come from; digits is bundled, all others need a path.")
-    path: str | None = Field(None, description="Folder, zip or tar to read.")
+    path: Place | None = Field(None, description="Folder, zip or tar to read; ~ is your home.")
     split: Literal["train", "val", "test", "all"] | None = Field(
         None, description="Part of the source; null = train where there is one (FFHQ: all)."
     )
@@ -130,10 +155,32 @@ class Dataset(Model):
     note: str = Field("", description="Printed wherever metrics on this data set appear.")
 
     @model_validator(mode="after")
-    def _has_path(self) -> "Dataset":
+    def _fits_its_source(self) -> "Dataset":
         if self.source != "digits" and self.path is None:
             raise ValueError(f"source {self.source} needs dataset.path")
+        splits = _SPLITS.get(self.source, (None, "train", "val", "test", "all"))
+        if self.split not in splits:
+            known = ", ".join("null" if split is None else split for split in splits)
+            raise ValueError(f"split {self.split}: source {self.source} has only {known}")
+        if self.crop == "center_dhariwal" and self.resolution is None:
+            raise ValueError("crop center_dhariwal needs a resolution")
+        _refuse_idle(self)
         return self
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        if self.source == "digits":
+            yield "path", "digits comes with a package"
+        if self.source not in ("latents", "archive"):
+            yield "moments", "only latents are moments"
+            yield "scale", "it is a factor of latents"
+        if self.source == "latents":
+            for key in ("crop", "resize", "color"):
+                yield key, "latents are not images"
+        elif self.crop == "center_dhariwal":
+            yield "resize", "crop center_dhariwal has its own filters"
+        elif self.resolution is None:
+            yield "resize", "without a resolution nothing is resized"
 
 
 class SkipScaling(Shorthand):
@@ -161,13 +208,28 @@ class SkipScaling(Shorthand):
             raise ValueError(f"only cs takes a number, as in cs(0.7); got {text!r}")
         return {"method": method, "kappa": _number(argument, method, float)}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named_alike(cls, value: Any) -> Any:
+        """Factors of 1 are no scaling, however they are written: one setting has one name."""
+        if isinstance(value, Mapping) and value.get("method") == "cs":
+            flat = value.get("exponent") == "normalised" and value.get("innermost") == 0
+            if value.get("kappa") == 1 or flat:
+                return {"method": "none"}
+        return value
+
     @model_validator(mode="after")
     def _complete(self) -> "SkipScaling":
+        _refuse_idle(self)
         if (self.exponent == "normalised") != (self.innermost is not None):
             raise ValueError("exponent: normalised and innermost go together")
-        if self.method != "cs" and self.exponent != "per_skip":
-            raise ValueError(f"exponent belongs to cs, not to {self.method}")
         return self
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        if self.method != "cs":
+            for key in ("kappa", "exponent", "innermost"):
+                yield key, f"it belongs to cs, not to {self.method}"
 
     def __str__(self) -> str:
         if self.method != "cs":
@@ -200,8 +262,26 @@ class Target(Shorthand):
             raise ValueError(f"only stf takes a number, as in stf(1024); got {text!r}")
         return {"kind": kind, "reference": int(_number(argument, kind, int))}
 
+    @model_validator(mode="after")
+    def _acts(self) -> "Target":
+        _refuse_idle(self)
+        return self
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        if self.kind == "dsm":
+            yield "reference", "it belongs to stf"
+
     def __str__(self) -> str:
         return "dsm" if self.kind == "dsm" else f"stf({self.reference})"
+
+
+class _Mistakes(ValueError):
+    """Lines that each begin with the key of an option."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__("; ".join(lines))
+        self.lines = lines
 
 
 class _Registered(Shorthand):
@@ -226,10 +306,17 @@ class _Registered(Shorthand):
             raise ValueError(f"kind {self.kind!r} is unknown; allowed: {', '.join(registry)}")
         model = registry[self.kind]
         try:
-            model.model_validate_json(json.dumps(self.model_extra), strict=True)
+            options = model.model_validate_json(json.dumps(self.model_extra), strict=True)
+            _refuse_idle(options)
         except ValidationError as error:
-            raise ValueError("; ".join(explain(error, model))) from None
+            raise _Mistakes(explain(error, model, whole="")) from None
         return self
+
+    def chosen(self, **which: set[str]) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        model = self._registry()[self.kind]
+        options = model.model_validate_json(json.dumps(self.model_extra), strict=True)
+        return options.model_dump(mode="json", exclude_defaults=True, **which)
 
     def resolved(self) -> dict[str, Any]:
         """The kind with all its options filled in."""
@@ -284,7 +371,7 @@ class Probe(_Registered):
 
     def settings(self) -> dict[str, Any]:
         """The options, not at their defaults, that its numbers depend on."""
-        return self._chosen(exclude={"seeds", *PROBES[self.kind].speed})
+        return self.chosen(exclude={"seeds", *PROBES[self.kind].speed})
 
     def agrees(self, options: Mapping[str, Any]) -> bool:
         """Whether a probe that was made with ``options`` gave the numbers of this one."""
@@ -294,29 +381,35 @@ class Probe(_Registered):
 
     def speed(self) -> dict[str, Any]:
         """The options, not at their defaults, that only its speed and memory depend on."""
-        return self._chosen(include=set(PROBES[self.kind].speed))
+        return self.chosen(include=set(PROBES[self.kind].speed))
 
-    def _chosen(self, **which: set[str]) -> dict[str, Any]:
-        model = PROBES[self.kind]
-        options = model.model_validate_json(json.dumps(self.model_extra), strict=True)
-        return options.model_dump(mode="json", exclude_defaults=True, **which)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Ema(Model):
-    """Exponential moving average of the weights: a fixed rate per step, or EDM's half-life."""
+    """Exponential moving average of the weights: a rate per step, or EDM's half-life in images.
 
-    rate: float | None = Field(None, gt=0, lt=1, description="Fixed decay per step, e.g. 0.9999.")
+    Without ``rampup`` the rate is fixed, as published, and the average of a short training is
+    still that of the initial weights: after 400 steps at 0.9999 they make 96 percent of it. With
+    ``rampup`` nothing older than a share of what was seen counts for much (Karras et al. 2022,
+    released training loop), so the average is one of trained weights after any number of steps.
+    """
+
+    rate: float | None = Field(None, gt=0, lt=1, description="Decay per step, e.g. 0.9999.")
     halflife: float | None = Field(None, gt=0, description="Half-life in images (EDM: 500000).")
     rampup: float | None = Field(
-        None, gt=0, description="With halflife: at most this share of the images seen (EDM: 0.05)."
+        None,
+        gt=0,
+        le=1,
+        description="The half-life is at most this share of the steps (with rate) or images (with "
+        "halflife) seen so far (EDM: 0.05); null = it is fixed from the first step.",
     )
 
     @model_validator(mode="after")
     def _one(self) -> "Ema":
         if (self.rate is None) == (self.halflife is None):
             raise ValueError("give either rate or halflife")
-        if self.rampup is not None and self.halflife is None:
-            raise ValueError("rampup goes with halflife")
         return self
 
 
@@ -332,7 +425,7 @@ class SplitModel(Model):
     )
     steps: int | None = Field(None, ge=1, description="null = training.steps.")
     lr: float | None = Field(None, gt=0, description="null = training.lr.")
-    betas: tuple[float, float] | None = Field(None, description="null = training.betas.")
+    betas: tuple[Beta, Beta] | None = Field(None, description="null = training.betas.")
     warmup: int | None = Field(None, ge=0, description="null = training.warmup.")
 
 
@@ -343,11 +436,15 @@ class Training(Model):
     batch: int = Field(ge=1, description="Images per step, over all processes and accumulations.")
     optimizer: Literal["adam", "adamw"] = Field("adam", description="Optimiser.")
     lr: float = Field(gt=0, description="Learning rate after the warm-up.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay rates of the moments.")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="Decay rates of the moments.")
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw, L2 with adam.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
-    ema: Ema = Field(Ema(rate=0.9999), description="Average of the weights.")
+    ema: Ema = Field(
+        Ema(rate=0.9999, rampup=0.05),
+        description="Average of the weights: {rate: 0.9999} is fixed, as published; the default "
+        "ramps up, so that it has begun in short trainings too.",
+    )
     clip: float | None = Field(None, gt=0, description="Largest gradient norm; null = no clipping.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout, where the backbone has one.")
     flip: bool = Field(False, description="Random horizontal flips.")
@@ -405,7 +502,7 @@ class Guidance(GuidanceOptions):
 class Decoder(Model):
     """The autoencoder that turns generated latents into images."""
 
-    weights: str = Field(
+    weights: Place = Field(
         description="File with the weights of a Stable Diffusion autoencoder: .safetensors, or "
         "tensors that torch saved; keys of the original code or of diffusers."
     )
@@ -429,6 +526,12 @@ class Generation(Model):
     )
     batch: int = Field(256, ge=1, description="Images at a time; changes no result.")
 
+    def protocol(self) -> dict[str, Any]:
+        """What samples depend on, as far as it is not at its default."""
+        left_out: Any = {"batch": True, "decoder": {"weights"}, "sampler": True}
+        chosen = self.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+        return {**chosen, "sampler": {"kind": self.sampler.kind, **self.sampler.chosen()}}
+
 
 class Evaluation(Model):
     """Which metrics, on which features."""
@@ -436,7 +539,7 @@ class Evaluation(Model):
     extractor: Literal["digits", "inception", "pixels"] = Field(
         description="Feature extractor: digits trains a small classifier; inception gives FID."
     )
-    weights: str | None = Field(None, description="File with the extractor's weights.")
+    weights: Place | None = Field(None, description="File with the extractor's weights.")
     metrics: tuple[Literal["fd", "kid", "is", "prc"], ...] = Field(
         ("fd", "kid", "is", "prc"), min_length=1, description="Frechet, KID, IS, precision/recall."
     )
@@ -444,6 +547,22 @@ class Evaluation(Model):
     reference: Dataset | None = Field(
         None, description="Images to measure against; null = those of the data set itself."
     )
+
+    @model_validator(mode="after")
+    def _acts(self) -> "Evaluation":
+        if len(set(self.metrics)) < len(self.metrics):
+            raise ValueError(f"metrics: {', '.join(self.metrics)} lists one twice")
+        _refuse_idle(self)
+        return self
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why."""
+        if self.extractor == "digits":
+            yield "weights", "digits trains its own classifier"
+        else:
+            yield "seed", "only digits trains a classifier"
+        if self.extractor == "pixels":
+            yield "weights", "pixels has none"
 
     def protocol(self) -> dict[str, Any]:
         """What a measurement depends on, as far as it is not at its default."""
@@ -485,7 +604,25 @@ class BackboneEntry(Model):
     training: dict[str, Any] = Field({}, description="Training keys for this backbone only.")
 
 
-Seed = int | dict[Literal["data", "init", "noise"], int]
+SeedNumber = Annotated[int, Field(ge=0)]
+Seed = (
+    SeedNumber | Annotated[dict[Literal["data", "init", "noise"], SeedNumber], Field(min_length=1)]
+)
+
+
+def _each_seed_once(seeds: tuple[Seed, ...] | None) -> tuple[Seed, ...] | None:
+    axes = ("data", "init", "noise")
+    whole = [
+        tuple(seed.get(axis, 0) if isinstance(seed, dict) else seed for axis in axes)
+        for seed in seeds or ()
+    ]
+    for number, seed in enumerate(whole):
+        if seed in whole[:number]:
+            raise ValueError(f"entries {whole.index(seed)} and {number} are the same seed")
+    return seeds
+
+
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_each_seed_once)]
 
 
 class Grid(Model):
@@ -502,15 +639,13 @@ class Grid(Model):
     training: tuple[dict[str, Any], ...] = Field(
         ({},), min_length=1, description="Sets of training keys, e.g. [{lr: 1.0e-3}]."
     )
-    seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
+    seed: Seeds | None = Field(None, description="null = the study's `seed`.")
 
 
 class Checkpoint(Shorthand):
     """Official checkpoint whose weights are imported instead of trained: its path; or a mapping."""
 
-    path: str = Field(
-        min_length=1, description="Where the file lies; a run's name does not depend on it."
-    )
+    path: Place = Field(description="Where the file lies; a run's name does not depend on it.")
     name: str | None = Field(
         None,
         min_length=1,
@@ -547,7 +682,7 @@ class Arm(Model):
     target: Target = Target(kind="dsm")
     formulation: Formulation | None = Field(None, description="null = the study's.")
     training: dict[str, Any] = Field({}, description="Training keys of this arm only.")
-    seed: tuple[Seed, ...] | None = Field(None, description="null = the study's `seed`.")
+    seed: Seeds | None = Field(None, description="null = the study's `seed`.")
     checkpoint: Checkpoint | None = Field(
         None, description="Take these weights instead of training; null = train."
     )
@@ -627,7 +762,7 @@ class Study(Model):
     grid: tuple[Grid, ...] = Field(
         (), description="Every combination of its axes is an arm; one grid or a list of grids."
     )
-    seed: tuple[Seed, ...] = Field((0,), min_length=1, description="Seeds of every arm.")
+    seed: Seeds = Field((0,), description="Seeds of every arm.")
     arms: tuple[Arm, ...] = Field((), description="Arms beside the grid.")
     backbones: dict[Name, BackboneEntry] = Field({}, description="What backbone names stand for.")
     formulation: Formulation = Field(Formulation(kind="edm"), description="The same for all arms.")
@@ -647,6 +782,13 @@ class Study(Model):
         description="Where each setting comes from, by its key, e.g. training.lr or "
         "arms[0].skip_scaling; `study provenance` shows it beside the value.",
     )
+
+    @field_validator("study")
+    @classmethod
+    def _own_folder(cls, name: str) -> str:
+        if name == "datasets":
+            raise ValueError("results/datasets holds the data sets of all studies")
+        return name
 
     @field_validator("probes")
     @classmethod
@@ -670,14 +812,30 @@ class Study(Model):
 # --- reading and explaining ------------------------------------------------------------------
 
 
-def _looks_like_number(value: Any) -> bool:
+def _number_in_text(value: Any, whole: bool) -> str | None:
+    """What to say of a text that is meant as a number; ``None`` of anything else."""
     if not isinstance(value, str):
-        return False
+        return None
+    text = value.strip().replace("_", "")
     try:
-        float(value)
-    except ValueError:
-        return False
-    return True
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    if not number.is_finite() or abs(number.adjusted()) > 300:
+        return None
+    if whole and number != int(number):
+        return f"{value!r} is text, and not a whole number"
+    right = str(int(number)) if whole else f"{float(number):.15g}"
+    if "e" in right and "." not in right:
+        right = right.replace("e", ".0e")
+    elif not whole and "e" not in right and "e" in text.lower():
+        mantissa, _, power = text.lower().partition("e")
+        right = f"{float(mantissa)}e{int(power):+d}"
+    if "e" in text.lower() and not re.fullmatch(r"[-+]?\d*\.\d*[eE][-+]\d+", text):
+        why = "YAML 1.1 reads a number with an exponent only with a point and a sign"
+    else:
+        why = "it stands in quotes"
+    return f"{value!r} is text ({why}); write {right}"
 
 
 def _siblings(model: type[BaseModel] | None, where: tuple[Any, ...]) -> list[str]:
@@ -704,55 +862,79 @@ def _walk(annotation: Any) -> list[Any]:
     return [annotation, *nested]
 
 
-def explain(error: ValidationError, model: type[BaseModel], prefix: str = "") -> list[str]:
-    """One line per mistake: key, value, and what is allowed."""
+def _place(item: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where a mistake is, without the parts that name a branch of a union."""
+    pydantic = r"\[|^Grid$|^function|^tuple|^int$|^constrained-int$"
+    return tuple(
+        part for part in item["loc"] if isinstance(part, int) or not re.search(pydantic, part)
+    )
+
+
+def _of_another_branch(item: Any, others: list[Any]) -> bool:
+    """Whether a union has a branch of the value's own type, whose mistake says more."""
+    place = _place(item)
+    return item["type"].endswith("_type") and any(
+        _place(other)[: len(place)] == place
+        and (not other["type"].endswith("_type") or others.index(other) < others.index(item))
+        for other in others
+        if other is not item
+    )
+
+
+def explain(
+    error: ValidationError, model: type[BaseModel], prefix: str = "", whole: str = "study"
+) -> list[str]:
+    """One line per mistake: key, value, and what is allowed. ``whole`` is the key of the model."""
     lines = []
     details = error.errors()
     for item in details:
-        # Parts that name a branch of a union are pydantic's, not the user's.
-        where = tuple(
-            part
-            for part in item["loc"]
-            if isinstance(part, int) or not re.search(r"\[|^Grid$|^function|^tuple|^int$", part)
-        )
+        if _of_another_branch(item, details):
+            continue
+        where = _place(item)
         if item["type"] == "too_short" and any(
             other["loc"][: len(item["loc"])] == item["loc"] and other is not item
             for other in details
         ):
             continue  # a list of which no item was valid: the items' own mistakes say why
         key = prefix + ".".join(str(part) for part in where)
-        key = re.sub(r"\.(\d+)", r"[\1]", key) or "study"
+        key = re.sub(r"\.(\d+)", r"[\1]", key) or whole
         if key.startswith("grid[0]") and not any(o["loc"][:2] == ("grid", 1) for o in details):
             key = "grid" + key.removeprefix("grid[0]")
         value, kind = item["input"], item["type"]
         shown = json.dumps(value, default=str)
         shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        if kind == "extra_forbidden":
+        nested = item.get("ctx", {}).get("error")
+        if isinstance(nested, _Mistakes):
+            lines += [f"{key}.{line}" if line[0] != ":" else key + line for line in nested.lines]
+        elif kind == "extra_forbidden":
             known = _siblings(model, where)
             close = difflib.get_close_matches(str(where[-1]), known, n=1)
             hint = f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
             lines.append(f"{key}: unknown key; {hint}")
+        elif kind == "missing" and where and isinstance(where[-1], int):
+            lines.append(f"{key.rpartition('[')[0]}: too few values; got {shown}")
         elif kind == "missing":
             lines.append(f"{key}: missing")
-        elif kind in ("float_type", "int_type", "float_parsing") and _looks_like_number(value):
-            right = f"{float(value):.15g}"
-            if "e" in right and "." not in right:
-                right = right.replace("e", ".0e")
-            elif "e" not in right and "e" in value.lower():
-                mantissa, _, power = value.lower().partition("e")
-                right = f"{float(mantissa)}e{int(power):+d}"
-            lines.append(
-                f"{key}: {value!r} is text (YAML 1.1 reads a number with an exponent only with a "
-                f"point and a sign); write {right}"
-            )
+        elif kind in ("float_type", "int_type") and _number_in_text(value, kind == "int_type"):
+            lines.append(f"{key}: {_number_in_text(value, kind == 'int_type')}")
+        elif kind == "int_type" and isinstance(value, float) and value.is_integer():
+            lines.append(f"{key}: a whole number is written without point; write {int(value)}")
+        elif kind == "string_type" and isinstance(value, int | float):
+            lines.append(f"{key}: {shown} is no text to YAML; write it in quotes")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{key}: {message[0].lower() + message[1:]}; got {shown}")
+            if kind != "value_error":
+                message = message[0].lower() + message[1:]
+            lines.append(f"{key}: {message}; got {shown}")
     return list(dict.fromkeys(lines))
 
 
 def check(model: type[BaseModel], value: Any, prefix: str = "") -> BaseModel:
     """Validate strictly (text is never read as a number). Raises ``UserError``, a line each."""
+    for key, leaf in leaves(value, prefix.rstrip(".")).items():
+        for number in leaf if isinstance(leaf, list | tuple) else (leaf,):
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise UserError(f"{key}: {str(number)[:20]}... is beyond 64 bits")
     try:
         return model.model_validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
@@ -791,22 +973,10 @@ def _check_sources(content: Mapping[str, Any]) -> None:
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """The content of a study's YAML file, unchecked. Raises ``UserError`` where it is none."""
-    import yaml
+    """The content of a study's file, unchecked. Raises ``UserError`` where it is none."""
+    from study.yamlfile import read as read_file
 
-    path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
-    if not isinstance(content, Mapping):
-        raise UserError(f"{path}: a study is a mapping of keys; got {type(content).__name__}")
-    return dict(content)
+    return read_file(path)
 
 
 def override(text: str) -> dict[str, Any]:
@@ -814,14 +984,10 @@ def override(text: str) -> dict[str, Any]:
 
     ``training={steps: 24}`` is ``{"training": {"steps": 24}}``. Raises ``UserError``.
     """
-    import yaml
+    from study.yamlfile import value
 
-    key, _, value = text.partition("=")
-    try:
-        return {key: yaml.safe_load(value)}
-    except yaml.YAMLError as error:
-        problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"--config {text}: not valid YAML after the = ({problem})") from None
+    key, _, content = text.partition("=")
+    return {key: value(content, f"--config {text}")}
 
 
 def load(source: str | Path | Mapping[str, Any]) -> Study:

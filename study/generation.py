@@ -17,6 +17,7 @@ from tqdm import tqdm
 from study import bounded
 from study.arms import complete
 from study.autoencoder import LatentDecoder, load_decoder
+from study.averaging import remark
 from study.backbones.base import check_attention
 from study.data import Archive
 from study.diffusion.guidance import guided
@@ -269,6 +270,7 @@ def generate(
         "images": len(samples),
         "not_finite": len(absent),
         "not_finite_seeds": (protocol["seed"] + absent).tolist(),
+        **({"remark": remark(spec)} if protocol["weights"] == "ema" and remark(spec) else {}),
         **facts,
         "weights_sha256": weights_sha256,
         "samples_sha256": sha256(out / "samples.npz"),

@@ -6,8 +6,10 @@ parameters and operations, on the meta device, once per network; the counts are 
 """
 
 import heapq
+import json
 import os
 import statistics
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,13 +21,17 @@ from study import contents, digest
 from study.arms import (
     NOT_SETTINGS,
     Run,
+    check_archive,
     image_shape,
+    images_of,
     models,
     probed,
+    remarks,
     training_steps,
     unsupported,
 )
 from study.arms import runs as resolve
+from study.averaging import remark
 from study.config import Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
@@ -53,9 +59,6 @@ STARTING = 3.0
 PROBE = 5.0
 """First guess of what a probe of a run takes."""
 
-IMAGES = {("digits", "train"): 1797, ("cifar10", "train"): 50_000, ("cifar10", "test"): 10_000}
-"""Images of sources that are always the same."""
-
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 """Classes of sources that are always the same."""
 
@@ -64,6 +67,9 @@ EVALUATION = {"inception": (0.03, 0.001), "digits": (0.001, 0.001)}
 
 COUNTED = Path(__file__).parent / "networks.json"
 """Counts that come with the package; ``make networks`` writes them."""
+
+LARGEST_DESCRIPTION = 2**28
+"""Bytes of an archive's ``dataset.json`` that are read; what is longer is checked by the jobs."""
 
 COUNT_UP_TO = 200
 """Runs of a study up to which its networks are counted without being asked."""
@@ -262,7 +268,7 @@ def images_to_make(study: Study, results: Path = Path("results")) -> int | None:
     if study.generation.images is not None:
         return study.generation.images
     dataset = study.dataset
-    known = IMAGES.get((dataset.source, dataset.split or "train"))
+    known = images_of(dataset.model_dump(mode="json"))
     if known is None:
         reference = results / "datasets" / f"{dataset.name}.{study.evaluation.extractor}"
         try:
@@ -373,6 +379,106 @@ def _check_same(
                 f"{theirs.get(key)!r} instead of {ours[key]!r}; choose another name, or delete "
                 "that folder"
             )
+
+
+def check(
+    study: Study,
+    runs: Mapping[str, Run],
+    results: str | Path = "results",
+    *,
+    notebooks: str | Path = "notebooks",
+    sources: Mapping[str, str] | None = None,
+) -> list[str]:
+    """Check a study against what lies here: other studies, notebooks, converted data sets.
+
+    Returns a line for each thing that a user should know and that keeps no job from running, and
+    raises ``UserError`` for what does. Both from small files alone.
+    """
+    check_shared(study, results, sources)
+    _check_notebooks(study, Path(notebooks))
+    datasets = Path(results) / "datasets"
+    found = {}
+    for where, dataset in (("dataset", study.dataset), ("reference", study.evaluation.reference)):
+        if dataset is not None:
+            found[where] = _converted(datasets / f"{dataset.name}.zip")
+    if found["dataset"] is not None:
+        images, *shape = found["dataset"]
+        check_archive(dict(runs), study.dataset.name, images, tuple(shape))
+    _check_reference(study, found["dataset"], found.get("reference"))
+    return remarks(study)
+
+
+def _check_notebooks(study: Study, folder: Path) -> None:
+    for name in study.notebooks if folder.is_dir() else ():
+        if not (folder / f"{name}.ipynb").is_file():
+            here = ", ".join(sorted(path.stem for path in folder.glob("*.ipynb")))
+            raise UserError(f"notebooks: there is no {folder / name}.ipynb; allowed: {here}")
+
+
+def _converted(archive: Path) -> tuple[int, int, int] | None:
+    """Images, resolution and channels of an archive; ``None`` where it is not there or not ours."""
+    try:
+        with zipfile.ZipFile(archive) as file, file.open("dataset.json") as opened:
+            meta = json.loads(opened.read(LARGEST_DESCRIPTION))
+        return int(meta["images"]), int(meta["resolution"]), int(meta["channels"])
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile):
+        return None
+
+
+def _check_reference(
+    study: Study,
+    data: tuple[int, int, int] | None,
+    reference: tuple[int, int, int] | None,
+) -> None:
+    """Raise ``UserError`` where samples have another shape than what they are measured against."""
+    measured = study.evaluation.reference
+    if measured is None or study.generation.decoder is not None:
+        return
+    pairs = []
+    for known, dataset in ((data, study.dataset), (reference, measured)):
+        shape = known[1:] if known else image_shape(dataset.model_dump(mode="json"))
+        pairs.append(shape)
+    for key, ours, theirs in zip(("resolution", "channels"), *pairs, strict=True):
+        if None not in (ours, theirs) and ours != theirs:
+            raise UserError(
+                f"evaluation.reference: {measured.name} has {key} {theirs}, but the samples are "
+                f"like {study.dataset.name}, whose {key} is {ours}; make them equal with "
+                "resolution and color"
+            )
+
+
+def missing_files(
+    study: Study, runs: Mapping[str, Run], results: str | Path = "results"
+) -> list[str]:
+    """A line for every file or folder that a study names, still needs, and that is not there."""
+    results = Path(results)
+    folder = results / study.study / "runs"
+    decoder, measured = study.generation.decoder, study.evaluation.reference
+    wanted: list[tuple[str, str | None, Iterable[Path]]] = [
+        ("dataset.path", study.dataset.path, [results / f"datasets/{study.dataset.name}.zip"]),
+        (
+            "generation.decoder.weights",
+            decoder and decoder.weights,
+            (folder / run / "generate/generate.json" for run in runs),
+        ),
+        (
+            "evaluation.weights",
+            study.evaluation.weights,
+            (folder / run / "evaluate/fidelity.json" for run in runs),
+        ),
+    ]
+    if measured is not None:
+        archive = results / f"datasets/{measured.name}.zip"
+        wanted.append(("evaluation.reference.path", measured.path, [archive]))
+    for run in runs.values():
+        if run.checkpoint is not None:
+            status = folder / run.name / "train/status.json"
+            wanted.append((f"{run.display}: checkpoint", run.checkpoint, [status]))
+    return [
+        f"{where}: {path} does not exist"
+        for where, path, made in wanted
+        if path is not None and not os.path.exists(path) and not all(map(os.path.exists, made))
+    ]
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -572,6 +678,20 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return total
 
 
+def _young_averages(rows: list[Row]) -> list[str]:
+    """A line for every kind of average that has not begun when its training ends."""
+    found: dict[str, dict[str, str]] = {}
+    for row in rows:
+        found.setdefault(remark(row.run.spec), {})[row.run.arm] = row.run.display
+    found.pop("", None)
+    lines = []
+    for text, arms in found.items():
+        first, *more = arms.values()
+        whose = f"{first} and {len(more)} more arms" if more else first
+        lines.append(f"{whose}: {text}; training.ema with rampup: 0.05 forgets them")
+    return lines
+
+
 def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     """The plan in a few lines."""
     todo = [row for row in rows if row.why]
@@ -600,6 +720,8 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     elif todo:
         lines.append(f"{steps:,} steps; no estimate of the time for {len(todo) - len(known)} runs")
     problems = [unsupported(row.run.spec) for row in rows]
+    if study.generation.weights == "ema":
+        problems += _young_averages(rows)
     lines += dict.fromkeys(problem for problem in problems if problem)
     if missing:
         lines.append(f"{missing} networks are not counted yet; `study plan --count` does it")
@@ -631,6 +753,8 @@ def show(
 
     check_folder(results)
     study = load(config)
+    runs = resolve(study)
+    told = check(study, runs, results)
     rows = plan(study, results, counting)
     console = Console()
     if not console.is_terminal:
@@ -642,5 +766,10 @@ def show(
         for row in rows
         if row.network is None
     }
-    for line in [*summary(study, rows, len(uncounted)), *changed_sources(study, results)]:
+    for line in [
+        *summary(study, rows, len(uncounted)),
+        *told,
+        *missing_files(study, runs, results),
+        *changed_sources(study, results),
+    ]:
         console.print(line, highlight=False, soft_wrap=True)

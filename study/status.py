@@ -10,6 +10,7 @@ from typing import Any
 from study import contents, digest
 from study.arms import Run, canonical, probed
 from study.arms import runs as resolve
+from study.averaging import remark
 from study.config import Probe, Study, load
 from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, printable, read_json
@@ -174,6 +175,7 @@ def _table(study: Study, found: list[State]) -> Any:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("arm", "seed", "state", "step", "left", ""):
         table.add_column(column, justify="right" if column in ("step", "left") else "left")
+    averaged = study.generation.weights == "ema"
     for one in found:
         step = "" if one.step is None else f"{one.step}/{one.steps}"
         state = one.state + (f": {one.stage}" if one.stage and one.state != "stale" else "")
@@ -183,7 +185,7 @@ def _table(study: Study, found: list[State]) -> Any:
             Text(state, style=COLOURS[one.state]),
             step,
             "" if one.left is None else duration(one.left),
-            Text(printable(one.note)),
+            Text(printable("; ".join(filter(None, (one.note, averaged and remark(one.run.spec)))))),
         )
     return table
 
@@ -218,8 +220,12 @@ def show(
     from rich.live import Live
     from rich.text import Text
 
+    from study.plan import check, missing_files
+
     check_folder(results)
     study, results = load(config), Path(results)
+    found = resolve(study)
+    told = [*check(study, found, results), *missing_files(study, found, results)]
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
@@ -235,6 +241,8 @@ def show(
 
     if not watch:
         console.print(picture())
+        for line in told:
+            console.print(line, highlight=False, soft_wrap=True, markup=False)
         return
     try:
         with Live(picture(), console=console, auto_refresh=False) as live:

@@ -3,10 +3,17 @@
 import copy
 import re
 
+import pytest
+import torch
 from miniature import base
 
-from study.arms import RUN_PATTERN, canonical, runs
-from study.config import load
+from study.arms import RUN_PATTERN, canonical, remarks, runs, same_factors
+from study.backbones import FAMILIES, build
+from study.config import SkipScaling, load
+from study.files import UserError
+from study.skips import Gate, constant_factors
+
+OTHER = {"depth": 8}
 
 
 def names(content: dict) -> set[str]:
@@ -78,10 +85,142 @@ def test_adding_and_removing_arms_leaves_the_others():
     assert names(renamed) == names(more)
 
 
-def test_kappa_of_an_unscaled_arm_does_not_matter():
-    plain = changed()
-    plain["grid"]["skip_scaling"] = [{"method": "none", "kappa": 0.3}, "ls"]
-    assert names(plain) == names(base())
+def displays(content: dict) -> list[str]:
+    return [run.display for run in runs(load(content)).values()]
+
+
+@pytest.mark.parametrize(
+    "scalings",
+    [
+        ["cs(1)", "ls"],
+        ["cs(1.0)", "none", "ls"],
+        [{"method": "cs", "exponent": "normalised", "innermost": 0}, "ls"],
+        [{"method": "cs", "exponent": "per_level"}, "ls"],  # U-ViT's skips are on one level
+    ],
+)
+def test_factors_of_one_are_no_scaling(scalings):
+    other = changed()
+    other["grid"]["skip_scaling"] = scalings
+    assert names(other) == names(base())
+
+
+@pytest.mark.parametrize("preset", ["tiny", "cifar10", "one", "wide"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_scalings_are_one_where_the_network_has_one(name, preset):
+    kind = FAMILIES[name]
+    options = {**kind.presets["tiny"]}
+    if preset == "cifar10":
+        options = kind.presets.get(preset, {})
+    elif preset == "one":
+        options |= {"uvit": {"depth": 2}}.get(name, {})
+    elif preset == "wide":
+        options |= {"ddpmpp": {"channel_mult": (2, 4)}, "ncsnpp": {"channel_mult": (2, 4)}}.get(
+            name, {}
+        )
+    checked = kind.options.model_validate(options)
+    size = {"resolution": 32, "channels": 3}
+    entry = {"family": name, "options": checked.model_dump(mode="json")}
+    scalings = {
+        text: SkipScaling.model_validate(text).model_dump(mode="json")
+        for text in ("none", "ls", "ls_unshared")
+    }
+    for exponent in ("per_skip", "per_level"):
+        scalings[exponent] = {"method": "cs", "kappa": 0.5, "exponent": exponent, "innermost": None}
+    with torch.device("meta"):
+        skips = {text: build(entry, one, **size).long_skips for text, one in scalings.items()}
+
+    def gates(text: str) -> int:
+        return sum(isinstance(module, Gate) for module in skips[text].gates.modules())
+
+    shapes = checked.skip_shapes()
+    assert [level for _, level in shapes] == [shape.level for shape in skips["none"].shapes]
+    plain = same_factors(SkipScaling(method="ls_unshared"), shapes).method
+    assert (plain == "ls") == (gates("ls") == gates("ls_unshared"))
+    for exponent in ("per_skip", "per_level"):
+        chosen = SkipScaling(method="cs", kappa=0.5, exponent=exponent)
+        same = same_factors(chosen, shapes)
+        assert constant_factors(same.model_dump(), [level for _, level in shapes]) == (
+            skips[exponent].factors
+        )
+        assert (same.method == "none") == (set(skips[exponent].factors) == {1.0})
+
+
+def test_a_network_that_cannot_tell_two_scalings_apart_has_one_arm():
+    content = changed(backbones={"udit": {"preset": "tiny"}})
+    content["grid"] = {"backbone": ["udit"], "skip_scaling": ["none", "ls", "ls_unshared"]}
+    assert displays(content) == ["udit · none · dsm", "udit · ls · dsm"]
+    assert remarks(load(content)) == [
+        "udit: ls_unshared is ls on its long skips; the two are one arm"
+    ]
+
+
+def test_the_order_of_splits_and_models_that_are_the_default_keep_names():
+    split = changed(formulation={"kind": "ddpm", "splits": [4.0, 0.25]})
+    assert names(changed(formulation={"kind": "ddpm", "splits": [0.25, 4.0]})) == names(split)
+    same = [{"split": 0}, {"split": 1, "lr": 1e-3}, {"split": 2, "steps": 10}]
+    listed = changed(formulation=split["formulation"], training__models=same)
+    assert names(listed) == names(split)
+    turned = changed(formulation=split["formulation"], training__models=same[::-1])
+    assert not names(turned) & names(split)
+
+
+def test_defaults_of_samplers_written_out_keep_what_samples_depend_on():
+    short = load(changed(generation={"sampler": "edm_heun"})).generation
+    whole = {"kind": "edm_heun", "steps": 18, "rho": 7.0, "S_churn": 0.0}
+    long = load(changed(generation={"sampler": whole, "seed": 0, "batch": 8})).generation
+    assert short.protocol() == long.protocol() == {"sampler": {"kind": "edm_heun"}}
+
+
+def test_a_fixed_average_is_another_setting_than_the_default():
+    fixed = changed(training__ema={"rate": 0.9999})
+    assert not names(fixed) & names(base())
+    assert names(changed(training__ema={"rate": 0.9999, "rampup": 0.05})) == names(base())
+
+
+def test_arms_that_differ_have_displays_that_differ():
+    content = changed()
+    content["grid"] = {
+        "backbone": ["uvit"],
+        "target": ["stf(64)", "stf(128)"],
+        "formulation": ["edm", {"kind": "edm", "sigma_data": 0.7}, "ve"],
+    }
+    assert displays(content) == [
+        f"uvit · none · stf · reference={size} · {process}"
+        for process in ("kind=edm", "kind=edm · sigma_data=0.7", "kind=ve")
+        for size in (64, 128)
+    ]
+    content["grid"] = {"backbone": ["uvit"], "training": [{"lr": 1e-3}, {"lr": 1.00000001e-3}]}
+    assert len(set(displays(content))) == 2
+
+
+def test_one_setting_has_one_name_and_one_name_one_setting():
+    twice = [{"backbone": "uvit", "name": "first"}, {"backbone": "uvit", "name": "second"}]
+    with pytest.raises(UserError, match=r"^arms\[1\].name: 'second' has the settings of arms\[0\]"):
+        runs(load(changed(arms=twice)))
+    seeds = [{**arm, "seed": [number]} for number, arm in enumerate(twice)]
+    with pytest.raises(UserError, match="'second' has the settings of"):
+        runs(load(changed(arms=seeds)))
+    other = [{"backbone": "uvit", "name": "a"}, {"backbone": "uvit", "name": "a", "options": OTHER}]
+    with pytest.raises(UserError, match=r"^arms\[1\].name: 'a' is the name of arms\[0\], whose"):
+        runs(load(changed(arms=other)))
+
+
+def test_a_name_is_that_of_every_seed_of_the_arm():
+    arm = {"backbone": "uvit", "name": "mine", "seed": [0]}
+    assert displays(changed(arms=[arm], seed=[0, 1]))[:2] == ["mine", "mine"]
+
+
+def test_equal_arms_are_told():
+    arm = {"backbone": "uvit", "skip_scaling": "inv_sqrt2"}
+    assert remarks(load(changed(arms=[arm]))) == []
+    told = "uvit · inv_sqrt2 · dsm is described more than once, which makes one arm"
+    assert remarks(load(changed(arms=[arm, arm]))) == [told]
+    grids = changed()
+    grids["grid"] = [grids["grid"], grids["grid"]]
+    (line,) = remarks(load(grids))
+    assert line == "uvit · none · dsm and 1 more are described more than once, which makes one arm"
+    named = {"backbone": "uvit", "skip_scaling": "ls", "name": "mine"}
+    assert remarks(load(changed(arms=[named]))) == []
 
 
 def test_arms_with_equal_settings_are_one_and_the_explicit_name_wins():

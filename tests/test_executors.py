@@ -119,7 +119,7 @@ def test_paths_reach_the_jobs_of_an_executor(project, submitted):
     ("given", "line"),
     [
         ("training={stepz: 24}", "training.stepz: unknown key; did you mean 'steps'?"),
-        ("training={steps: 24", "--config training={steps: 24: not valid YAML after the ="),
+        ("training={steps: 24", "--config training={steps: 24: not valid YAML ("),
         ("training={lr: 1e-4}", "training.lr: '1e-4' is text"),
         ("stdy=other", "stdy: unknown key; did you mean 'study'?"),
     ],

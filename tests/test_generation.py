@@ -12,6 +12,8 @@ from study import generation
 from study.arms import runs
 from study.config import load
 from study.data.convert import convert
+from study.fidelity.evaluate import evaluate
+from study.fidelity.reference import make_reference
 from study.files import UserError, read_json
 from study.generation import generate, tile, to_uint8
 from study.training import train
@@ -52,6 +54,23 @@ def run(tmp_path_factory, data):
 def conditional(tmp_path_factory, data):
     training = {"conditional": True, "label_dropout": 0.2}
     return trained(tmp_path_factory.mktemp("conditional"), data, **training)
+
+
+def test_samples_of_an_average_that_has_not_begun_say_so(tmp_path, data):
+    told = "the average still holds 99 % of the initial weights"
+    folder = trained(tmp_path, data, ema={"rate": 0.995})
+    for weights, remark in (("ema", told), ("raw", None)):
+        generate(folder, {**PROTOCOL, "weights": weights}, data, tmp_path / weights)
+        assert read_json(tmp_path / weights / "generate.json").get("remark") == remark
+        make_reference(data, "pixels", None, tmp_path / "reference")
+        found = evaluate(
+            tmp_path / weights / "samples.npz",
+            tmp_path / "reference",
+            {"metrics": ["fd", "prc"]},
+            tmp_path / "fidelity.json",
+        )
+        noted = {name for name, note in found["notes"].items() if told in note}
+        assert noted == (set(found["metrics"]) if remark else set())
 
 
 def samples(folder: Path) -> np.ndarray:

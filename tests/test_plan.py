@@ -296,6 +296,28 @@ def test_one_name_for_two_data_sets_is_one_line(study, tmp_path):
         plan.check_shared(study, tmp_path)
 
 
+def test_an_average_that_has_not_begun_is_told(tmp_path, capsys):
+    content = base()
+    content["training"] |= {"steps": 400, "ema": {"rate": 0.9999}}
+    told = "the average still holds 96 % of the initial weights"
+    config = tmp_path / "config.yaml"
+
+    def say() -> list[str]:
+        config.write_text(yaml.safe_dump(content))
+        plan.show(config, results=tmp_path)
+        status.show(config, results=tmp_path)
+        return [line for line in capsys.readouterr().out.splitlines() if told in line]
+
+    planned, *states = say()
+    assert planned.startswith(f"uvit · none · dsm and 1 more arms: {told}")
+    assert len(states) == 2
+    content["generation"]["weights"] = "raw"
+    assert say() == []
+    content["generation"]["weights"] = "ema"
+    del content["training"]["ema"]
+    assert say() == []
+
+
 # --- progress --------------------------------------------------------------------------------
 
 

@@ -17,12 +17,13 @@ from miniature import base
 from safetensors.torch import load_file
 
 from study.arms import runs
+from study.averaging import BEGUN, decay, initial_share, remark
 from study.config import load
 from study.data.convert import convert
 from study.files import UserError, read_json
 from study.training import Interrupted, checkpoint, train
 from study.training.divergence import Watch
-from study.training.ema import Ema, decay
+from study.training.ema import Ema
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
@@ -259,6 +260,61 @@ def test_ema_by_rate_and_by_half_life():
     halflife = {"rate": None, "halflife": 100.0, "rampup": None}
     assert decay(halflife, 100, 10**6) == pytest.approx(0.5)
     assert decay({**halflife, "rampup": 0.05}, 100, 1000) == pytest.approx(0.25)
+
+
+def test_a_rate_that_ramps_up_forgets_the_start():
+    ramped = {"rate": 0.99, "rampup": 0.05}
+    assert decay(ramped, 8, 0) == 0.0
+    assert decay(ramped, 8, 8 * 20) == pytest.approx(0.5)  # a twentieth of 20 steps is one
+    assert decay(ramped, 8, 8 * 10**6) == decay({"rate": 0.99}, 8, 0) == 0.99
+    assert decay({**ramped, "rampup": None}, 8, 8) == 0.99
+
+
+@pytest.mark.parametrize(
+    ("ema", "share"),
+    [
+        ({"rate": 0.9999}, 0.9999**400),
+        ({"rate": 0.99}, 0.99**400),
+        ({"halflife": 500_000.0}, 0.5 ** (400 * 32 / 500_000)),
+        ({"rate": 0.9999, "rampup": 0.05}, 0.0),
+        ({"halflife": 500_000.0, "rampup": 0.05}, 0.0),
+    ],
+)
+def test_what_an_average_holds_of_the_start_is_the_product_of_its_decays(ema, share):
+    found = initial_share(ema, 32, 400)
+    product = math.prod(decay(ema, 32, 32 * step) for step in range(1, 400))
+    assert found == pytest.approx(share, abs=BEGUN)
+    assert product == pytest.approx(share, abs=BEGUN)
+    text = remark(spec(steps=400, batch=16, ema=ema))
+    assert bool(text) == (initial_share(ema, 16, 400) >= BEGUN)
+
+
+def test_models_of_splits_are_averaged_over_their_own_steps():
+    content = base()
+    content["formulation"] = {"kind": "ddpm", "splits": [1.0]}
+    lists = [{"split": 0, "steps": 20}, {"split": 1, "steps": 600}]
+    content["training"] |= {"ema": {"rate": 0.99}, "models": lists}
+    one = next(iter(runs(load(content)).values())).spec
+    assert remark(one) == "the average still holds 82 % of the initial weights"
+    imported = {**one, "checkpoint": {"name": "theirs"}}
+    assert remark(imported) == ""
+
+
+def test_the_default_average_is_one_of_trained_weights(tmp_path, data):
+    run(tmp_path, data, spec(steps=1, warmup=0), "start")  # after a step from the start
+    moved = {}
+    for name, more in (("default", {}), ("fixed", {"ema": {"rate": 0.9999}})):
+        run(tmp_path, data, spec(steps=40, warmup=0, **more), name)
+        start = load_file(tmp_path / "start/train/raw.safetensors")
+        weights = load_file(tmp_path / name / "train/weights.safetensors")
+        raw = load_file(tmp_path / name / "train/raw.safetensors")
+        distance = [
+            sum(float((one[key] - start[key]).square().sum()) for key in start) ** 0.5
+            for one in (weights, raw)
+        ]
+        moved[name] = distance[0] / distance[1]
+    assert moved["default"] > 0.8
+    assert moved["fixed"] < 0.1
 
 
 def test_flip_and_conditional_change_what_is_learned(tmp_path, data):

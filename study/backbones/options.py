@@ -1,5 +1,6 @@
 """Options and presets of every backbone family. No torch here: plans and workflows read it."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -8,15 +9,22 @@ from pydantic import BaseModel, ConfigDict, Field
 class Options(BaseModel):
     """Options of a backbone; unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
+    def problem(
+        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+    ) -> str | None:
         """Why these options cannot be on such images with such a skip scaling, if so.
 
         Cheap arithmetic only; ``None`` means that nothing is wrong as far as can be told without
-        building the network. ``resolution`` or ``channels`` is ``None`` where not yet known.
+        building the network. ``resolution`` or ``channels`` is ``None`` where not yet known;
+        ``outputs`` is how many channels the network makes of each channel of an image.
         """
         return None
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        """Relative width and level of the long skips, outermost first."""
+        raise NotImplementedError
 
 
 # --- U-ViT -------------------------------------------------------------------------------------
@@ -41,7 +49,7 @@ class UViT(Options):
     conv: bool = Field(True, description="3x3 convolution after the last linear layer.")
     skip: bool = Field(True, description="Long skips; false is the paper's ablation.")
     context_dim: int | None = Field(
-        None, description="Width of text-encoder tokens (text-to-image); null = none."
+        None, ge=1, description="Width of text-encoder tokens (text-to-image); null = none."
     )
     context_tokens: int = Field(77, ge=1, description="Number of text-encoder tokens.")
     null_label: bool = Field(
@@ -50,7 +58,9 @@ class UViT(Options):
         "false as in the published ImageNet 64x64 models.",
     )
 
-    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
+    def problem(
+        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+    ) -> str | None:
         if self.embed_dim % self.num_heads:
             return f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
         if not self.skip and scaling != "none":
@@ -64,6 +74,9 @@ class UViT(Options):
         if scaling in ("ls", "ls_unshared") and tokens < 16:
             return f"learned scaling needs 16 tokens; {patches} patches are too few"
         return None
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        return [(1, 0)] * (self.depth // 2 if self.skip else 0)
 
 
 UVIT: dict[str, dict[str, Any]] = {
@@ -164,7 +177,9 @@ class UDiT(Options):
     )
     down_shortcut: bool = Field(True, description="Add the input to the downsampler's output.")
 
-    def problem(self, *, resolution: int | None, channels: int | None, scaling: str) -> str | None:
+    def problem(
+        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+    ) -> str | None:
         head, rest = divmod(self.hidden_size, self.num_heads)
         if rest:
             return f"num_heads {self.num_heads} does not divide hidden_size {self.hidden_size}"
@@ -184,6 +199,9 @@ class UDiT(Options):
         if scaling in ("ls", "ls_unshared") and (resolution // 2) ** 2 < 16:
             return "learned scaling needs 16 tokens on the inner long skip: resolution 8 or more"
         return None
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        return [(4, 0), (1, 1)]
 
 
 UDIT: dict[str, dict[str, Any]] = {
@@ -216,7 +234,7 @@ class PatchUNet(Options):
 
     patch_size: int = Field(4, ge=1, description="Space-to-depth factor before the network.")
     model_channels: int = Field(128, ge=32, description="Base width.")
-    channel_mult: tuple[float, ...] = Field(
+    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (1, 2, 4, 8),
         min_length=1,
         max_length=12,
@@ -237,6 +255,39 @@ class PatchUNet(Options):
     classifier_free: bool = Field(
         True, description="Null label of a conditional network, which guidance needs."
     )
+
+    def problem(
+        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+    ) -> str | None:
+        widths = [int(mult * self.model_channels) for mult in self.channel_mult]
+        if any(width < 32 or width % 32 for width in widths):
+            return f"every width (channel_mult x model_channels) must be a multiple of 32: {widths}"
+        if any(coarse < fine for fine, coarse in pairwise(widths)):
+            return f"channel_mult must not decrease; here the widths are {widths}"
+        if outputs == 2 and widths[0] != self.model_channels:
+            return f"a learned variance needs channel_mult[0] = 1, not {self.channel_mult[0]:g}"
+        if not (self.conv_resample or self.resblock_updown) and len(set(widths)) > 1:
+            return f"conv_resample false needs the same width on every level, not {widths}"
+        for width in widths:
+            if self.num_head_channels == -1 and width % self.num_heads:
+                return f"num_heads {self.num_heads} does not divide the width {width}"
+            if self.num_head_channels != -1 and width % max(self.num_head_channels, 1):
+                return f"num_head_channels {self.num_head_channels} does not divide {width}"
+        step = self.patch_size * 2 ** (len(widths) - 1)
+        if resolution is not None and resolution % step:
+            return (
+                f"patch_size {self.patch_size} and {len(widths)} levels (channel_mult) need a "
+                f"resolution that is a multiple of {step}; here it is {resolution}"
+            )
+        return None
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        widths = [int(mult * self.model_channels) for mult in self.channel_mult]
+        return [
+            (width, level)
+            for level, width in enumerate(widths)
+            for _ in range(self.num_res_blocks + 1)
+        ]
 
 
 _PUBLISHED_PATCH: dict[str, Any] = {
@@ -292,7 +343,7 @@ class SongUNet(Options):
     """SongUNet (Song et al. 2021 in the form of Karras et al. 2022)."""
 
     model_channels: int = Field(128, ge=1, description="Base width.")
-    channel_mult: tuple[int, ...] = Field(
+    channel_mult: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (2, 2, 2),
         min_length=1,
         max_length=12,
@@ -314,6 +365,46 @@ class SongUNet(Options):
     resample_filter: tuple[int, ...] = Field(
         (1, 1), min_length=1, description="Resampling filter taps; an even number of them."
     )
+
+    def problem(
+        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+    ) -> str | None:
+        if self.model_channels * self.channel_mult_noise % 2:
+            return "model_channels x channel_mult_noise must be even"
+        levels = len(self.channel_mult)
+        if levels > 1 and len(self.resample_filter) % 2:
+            return "resample_filter needs an even number of taps"
+        if levels > 1 and sum(self.resample_filter) == 0:
+            return "resample_filter: taps that add up to 0 cannot be normalised"
+        shapes = self.skip_shapes()
+        width = self.model_channels * self.channel_mult[-1]
+        widths = {width, *(width for width, _ in shapes)}
+        for skip, level in reversed(shapes):
+            widths |= {width + skip}
+            width = self.model_channels * self.channel_mult[level]
+        for width in sorted(widths):
+            groups = min(32, width // 4)
+            if groups < 1 or width % groups:
+                return (
+                    f"a layer of {width} channels cannot be normalised in groups of 4 (or in 32 "
+                    "groups); choose model_channels so that every width is a multiple of 32"
+                )
+        if scaling in ("ls", "ls_unshared") and min(width for width, _ in shapes) < 16:
+            return "learned scaling needs 16 channels in every long skip"
+        if resolution is not None and resolution % 2 ** (levels - 1):
+            return (
+                f"{levels} levels (channel_mult) halve the resolution {levels - 1} times, but "
+                f"{resolution} is not a multiple of {2 ** (levels - 1)}"
+            )
+        return None
+
+    def skip_shapes(self) -> list[tuple[int, int]]:
+        shapes, width = [], self.model_channels
+        for level, mult in enumerate(self.channel_mult):
+            shapes.append((width, level))
+            width = self.model_channels * mult
+            shapes += [(width, level)] * self.num_blocks
+        return shapes
 
 
 class DDPMpp(SongUNet):

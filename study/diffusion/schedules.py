@@ -5,13 +5,13 @@ schedule and respacing. All tables are float64 on the CPU; `Schedule.at` reads t
 """
 
 import math
-import re
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from study.diffusion.base import wide
+from study.diffusion.steps import check_betas, kept_steps, linear_end
 from study.files import UserError
 
 
@@ -119,53 +119,13 @@ def stable_diffusion_betas(steps: int = 1000, start: float = 0.00085, end: float
 
 def schedule(name: str, steps: int) -> Schedule:
     """The schedule called `name`: linear, linearX (last beta X) or cosine."""
-    match = re.fullmatch(r"linear(\d+(?:\.\d*)?|\.\d+)?", name)
-    if match:
-        betas = linear_betas(steps, float(match[1]) if match[1] else 0.02)
-        if betas[-1] > 1:
-            raise UserError(
-                f"noise schedule: {name} with {steps} steps has betas above 1; use more steps"
-            )
-        return Schedule(betas)
+    end = linear_end(name)
+    if end is not None:
+        check_betas(name, steps)
+        return Schedule(linear_betas(steps, end))
     if name in ("cosine", "squaredcos_cap_v2"):
         return Schedule(cosine_betas(steps))
     raise UserError(f"noise schedule: unknown name {name!r}; use linear, linearX or cosine")
-
-
-def kept_steps(steps: int, respacing: str) -> list[int]:
-    """The original steps kept by a respacing, ascending.
-
-    ``""``: all; ``"N"``: N steps at even fractional strides; ``"N1,N2,..."``: as many from each of
-    equal sections; ``"ddimN"``: N steps at the smallest integer stride that gives exactly N.
-    """
-    if not respacing:
-        return list(range(steps))
-    text = str(respacing).replace(" ", "")
-    if text.startswith("ddim") and text[4:].isdigit():
-        count = int(text[4:])
-        for stride in range(1, steps + 1):
-            kept = range(0, steps, stride)
-            if len(kept) == count:
-                return list(kept)
-        raise UserError(f"respacing: no integer stride over {steps} steps gives {count} steps")
-    parts = text.split(",")
-    if not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise UserError(f"respacing: {respacing!r} is none of '', 'N', 'N1,N2,...', 'ddimN'")
-    kept = []
-    start = 0
-    for i, count in enumerate(int(part) for part in parts):
-        size = steps // len(parts) + (1 if i < steps % len(parts) else 0)
-        if count > size:
-            raise UserError(f"respacing: {count} steps asked of a section of {size}")
-        stride = (size - 1) / (count - 1) if count > 1 else 1.0
-        # Python's round: halves go to the even number, as in the published respacing. The
-        # position is accumulated, not multiplied, because halves depend on that rounding.
-        position = 0.0
-        for _ in range(count):
-            kept.append(start + round(position))
-            position += stride
-        start += size
-    return kept
 
 
 def respace(base: Schedule, respacing: str) -> Schedule:

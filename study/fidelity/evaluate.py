@@ -343,6 +343,8 @@ def evaluate(
         where, watch, scores = "cpu", Stopwatch(), {}
         status, reason = "skipped", generation.get("reason") or "no images"
 
+    remark = generation.get("remark")  # of the weights; every number of these samples needs it
+    notes = {b: "; ".join(filter(None, (score.note, remark))) for b, score in scores.items()}
     names = {b: metric_name(b, known.identity["extractor"], drawn) for b in scores}
     identities = _identities(scores, drawn, known.identity, generation)
     record = {
@@ -352,7 +354,7 @@ def evaluate(
         "protocol": protocol,
         "metrics": {names[base]: score.value for base, score in scores.items()},
         "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},
-        "notes": {names[b]: s.note for b, s in scores.items() if s.note is not None},
+        "notes": {names[b]: note for b, note in notes.items() if note},
         "identity": {names[base]: identity for base, identity in identities.items()},
         "seconds": round(watch.seconds, 3),
         "peak_memory_mib": round(watch.peak_memory_mib, 1),

@@ -3,6 +3,7 @@
 Light on purpose (no torch): a study's configuration is checked with these models.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, ClassVar, Literal
 
@@ -19,10 +20,16 @@ class ProbeOptions(BaseModel):
     the arms of the ``study``, once.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
     subject: ClassVar[Subject]
     speed: ClassVar[frozenset[str]] = frozenset()
     """Options that no number depends on: a new value of them reruns nothing."""
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why; a study may not set them."""
+        yield from ()
 
 
 class PerRun(ProbeOptions):

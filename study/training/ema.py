@@ -1,23 +1,7 @@
 """Exponential moving average of the weights."""
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-
-
-def decay(settings: dict[str, Any], batch: int, images_seen: int) -> float:
-    """Decay of the step that follows ``images_seen`` images.
-
-    Either a fixed ``rate``, or EDM's: 0.5^(batch / h) with the half-life h in images, limited to
-    ``rampup`` times the images seen so far (Karras et al. 2022, released training loop).
-    """
-    if settings["rate"] is not None:
-        return settings["rate"]
-    halflife = settings["halflife"]
-    if settings["rampup"] is not None:
-        halflife = min(halflife, images_seen * settings["rampup"])
-    return 0.5 ** (batch / max(halflife, 1e-8))
 
 
 class Ema:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from study.arms import canonical, models, training_steps, unsupported
+from study.averaging import decay
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
 from study.diffusion import formulations
@@ -31,7 +32,7 @@ from study.randomness import generator, seed_of
 from study.training import checkpoint
 from study.training.divergence import Watch
 from study.training.dynamics import Blocks, LossByNoise, SkipObserver, Table
-from study.training.ema import Ema, decay
+from study.training.ema import Ema
 
 FP16_SKIPS = 20
 """Steps in a row that fp16's loss scaling may skip before the run counts as diverged."""

@@ -31,6 +31,10 @@ def archive_of(dataset):
 
 
 try:
+    # Snakemake has read these files already, but passes over keys that are given twice.
+    for path in map(Path, workflow.configfiles if workflow.is_main_process else ()):
+        inside = path.is_relative_to(Path.cwd())
+        declarations.read(path.relative_to(Path.cwd()) if inside else path)
     # --config key=value: inside of a value Snakemake reads numbers as text.
     for text in workflow.config_settings.config_args or ():
         update_config(config, declarations.override(text))
@@ -39,6 +43,7 @@ try:
     # Samples are measured against the data set itself, or against other images.
     MEASURED = STUDY.evaluation.reference or STUDY.dataset
     ARCHIVE, MEASURED_ARCHIVE = archive_of(STUDY.dataset), archive_of(MEASURED)
+    NOTEBOOKS = os.path.relpath(Path(workflow.basedir, "notebooks"))
     # What lies where the study says: looked at by the Snakemake that decides what has to run, not
     # by those that executors start for single jobs.
     SOURCES, HASHES = {}, contents.Hashes(f"results/{STUDY.study}/.contents.json")
@@ -46,15 +51,10 @@ try:
         for dataset in {archive_of(one): one for one in (MEASURED, STUDY.dataset)}.values():
             contents.check_archive(archive_of(dataset))
             SOURCES[archive_of(dataset)] = contents.source(dataset.path, archive_of(dataset))
-        plan.check_shared(STUDY, sources=SOURCES)
+        for line in plan.check(STUDY, RUNS, notebooks=NOTEBOOKS, sources=SOURCES):
+            print(f"study: {line}", file=sys.stderr)
 except UserError as error:
     stop_with(error)
-
-NOTEBOOKS = os.path.relpath(Path(workflow.basedir, "notebooks"))
-for name in STUDY.notebooks:
-    if not Path(NOTEBOOKS, f"{name}.ipynb").is_file():
-        here = ", ".join(sorted(path.stem for path in Path(NOTEBOOKS).glob("*.ipynb")))
-        stop_with(f"notebooks: there is no notebooks/{name}.ipynb; allowed: {here}")
 
 # Jobs are started with names of files in the locale's encoding; on disk these are UTF-8, mostly.
 if sys.getfilesystemencoding() != "utf-8":
@@ -118,7 +118,7 @@ def as_parameter(section, exclude):
 
 
 DATASET = as_parameter(STUDY.dataset, exclude=arms.NOT_SETTINGS)
-GENERATION = as_parameter(STUDY.generation, exclude={"batch": True, "decoder": {"weights": True}})
+GENERATION = canonical_json(STUDY.generation.protocol())
 EVALUATION = canonical_json(STUDY.evaluation.protocol())
 NOTEBOOK = canonical_json({"tables": TABLES, "results": RESULTS, "figures": FIGURES})
 # Of the study as a whole only the tables and the report depend: names, order, notes; not on where
@@ -342,6 +342,9 @@ class StudyWorkflow(type(workflow)):
             self.running = Running()
             self.running.begin()
         super().execute(*arguments, **options)
+        if dry and self.is_main_process:
+            for problem in dict.fromkeys(missing()):
+                stop_with(problem)
 
     def _prepare_dag(self, *arguments, **options):
         super()._prepare_dag(*arguments, **options)

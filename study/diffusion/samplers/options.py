@@ -7,9 +7,11 @@ network evaluations with :func:`nfe`.
 import difflib
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
+    AllowInfNan,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,7 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+from study.diffusion.steps import Sigma, Steps, check_betas, kept_steps
 from study.files import UserError
+
+Count = Annotated[int, Field(ge=1, le=100_000)]
+"""Steps of a sampler."""
 
 
 def _infinite(value: Any) -> Any:
@@ -31,6 +37,7 @@ def _infinite(value: Any) -> Any:
 
 UpperBound = Annotated[
     float,
+    AllowInfNan(True),
     BeforeValidator(_infinite),
     PlainSerializer(lambda value: "inf" if math.isinf(value) else value, return_type=float | str),
     WithJsonSchema({"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"const": "inf"}]}),
@@ -41,7 +48,13 @@ UpperBound = Annotated[
 class SamplerOptions(BaseModel):
     """What every sampler's options have in common."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Keys that cannot act beside the others, and why; a study may not set them."""
+        yield from ()
 
     def evaluations(self, timesteps: int | None = None) -> int:
         """Denoiser evaluations per image; ``timesteps`` is the length of a discrete formulation.
@@ -59,27 +72,42 @@ class _Churn(SamplerOptions):
     )
     S_min: float = Field(default=0.0, ge=0, description="Lowest sigma at which noise is added.")
     S_max: UpperBound = Field(
-        default="inf", gt=0, description='Highest sigma at which noise is added ("inf": all).'
+        default=math.inf,
+        gt=0,
+        description='Highest sigma at which noise is added ("inf": all).',
+        json_schema_extra={"default": "inf"},
     )
     S_noise: float = Field(
-        default=1.0, ge=0, description="Standard deviation of the added noise, 1 in theory."
+        default=1.0, ge=0, le=100, description="Standard deviation of the added noise, 1 in theory."
     )
+
+    @model_validator(mode="after")
+    def _churn_ordered(self) -> "_Churn":
+        if self.S_min > self.S_max:
+            raise ValueError(f"S_min {self.S_min} is above S_max {self.S_max}")
+        return self
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.S_churn == 0:
+            for key in ("S_min", "S_max", "S_noise"):
+                yield key, "with S_churn 0 no noise is added"
 
 
 class EDMHeunOptions(_Churn):
     """The stochastic sampler of Karras et al. 2022, Algorithm 2, and its Euler form."""
 
     kind: Literal["edm_heun"] = Field(default="edm_heun", description="EDM's sampler.")
-    steps: int = Field(default=18, ge=1, description="Number of steps N.")
-    sigma_min: float = Field(
+    steps: Count = Field(default=18, description="Number of steps N.")
+    sigma_min: Sigma = Field(
         default=0.002,
-        gt=0,
         description="Last noise level above zero; the network's range clips it.",
     )
-    sigma_max: float = Field(
-        default=80.0, gt=0, description="First noise level; the network's range clips it."
+    sigma_max: Sigma = Field(
+        default=80.0, description="First noise level; the network's range clips it."
     )
-    rho: float = Field(default=7.0, gt=0, description="Curvature of the noise levels; 1 is linear.")
+    rho: float = Field(
+        default=7.0, ge=0.1, le=1000, description="Curvature of the noise levels; 1 is linear."
+    )
     solver: Literal["heun", "euler"] = Field(
         default="heun",
         description="heun: second order, 2N-1 evaluations. euler: first order, N evaluations.",
@@ -91,6 +119,11 @@ class EDMHeunOptions(_Churn):
             raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
         return self
 
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max)."""
+        return self.sigma_min, self.sigma_max
+
     def evaluations(self, timesteps: int | None = None) -> int:
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
 
@@ -99,20 +132,20 @@ class EDMAblationOptions(_Churn):
     """The generalised sampler of Karras et al. 2022, Appendices B and C."""
 
     kind: Literal["edm_ablation"] = Field(default="edm_ablation", description="EDM's ablations.")
-    steps: int = Field(default=18, ge=1, description="Number of steps N.")
-    sigma_min: float | None = Field(
+    steps: Count = Field(default=18, description="Number of steps N.")
+    sigma_min: Sigma | None = Field(
         default=None,
-        gt=0,
         description="Last noise level above zero; null takes the discretisation's own "
         "(vp: sigma_vp(epsilon_s), ve 0.02, iddpm 0.002, edm 0.002).",
     )
-    sigma_max: float | None = Field(
+    sigma_max: Sigma | None = Field(
         default=None,
-        gt=0,
         description="First noise level; null takes the discretisation's own "
         "(vp: sigma_vp(1), ve 100, iddpm 81, edm 80).",
     )
-    rho: float = Field(default=7.0, gt=0, description="Curvature of the edm discretisation.")
+    rho: float = Field(
+        default=7.0, ge=0.1, le=1000, description="Curvature of the edm discretisation."
+    )
     solver: Literal["heun", "euler"] = Field(default="heun", description="Order 2 or order 1.")
     discretization: Literal["vp", "ve", "iddpm", "edm"] = Field(
         default="edm", description="Which noise levels are visited."
@@ -124,13 +157,16 @@ class EDMAblationOptions(_Churn):
         default="none", description="s(t), the scaling of the signal as a function of time."
     )
     epsilon_s: float = Field(
-        default=1e-3, gt=0, lt=1, description="Smallest time of the vp discretisation."
+        default=1e-3, ge=1e-6, lt=1, description="Smallest time of the vp discretisation."
     )
     C_1: float = Field(
-        default=1e-3, gt=0, description="Floor of the iddpm table's ratio of signal levels."
+        default=1e-3,
+        ge=1e-6,
+        lt=1,
+        description="Floor of the iddpm table's ratio of signal levels.",
     )
-    C_2: float = Field(default=8e-3, ge=0, description="Time offset of the iddpm table.")
-    M: int = Field(default=1000, ge=2, description="Number of entries of the iddpm table.")
+    C_2: float = Field(default=8e-3, ge=0, le=10, description="Time offset of the iddpm table.")
+    M: Steps = Field(default=1000, description="Number of entries of the iddpm table.")
     alpha: float = Field(
         default=1.0,
         gt=0,
@@ -138,6 +174,47 @@ class EDMAblationOptions(_Churn):
         description="Where the second evaluation of a step stands: 1 is Heun, 1/2 the midpoint "
         "rule, 2/3 Ralston.",
     )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "EDMAblationOptions":
+        low, high = self.sigmas
+        if low >= high:
+            raise ValueError(f"sigma_min {low:.4g} is not below sigma_max {high:.4g}")
+        if "vp" in (self.discretization, self.schedule):
+            first, last, time = math.log1p(low**2), math.log1p(high**2), self.epsilon_s
+            if first > time * last:
+                raise ValueError(
+                    f"no vp schedule has sigma {low:.4g} at epsilon_s {time:g} and {high:.4g} at 1"
+                )
+        return self
+
+    @property
+    def sigmas(self) -> tuple[float, float]:
+        """(sigma_min, sigma_max), the discretisation's own where none are given."""
+        time = self.epsilon_s  # vp: beta from 0.1 to 20
+        lowest, highest = {
+            "vp": (
+                math.sqrt(math.expm1(9.95 * time**2 + 0.1 * time)),
+                math.sqrt(math.expm1(10.05)),
+            ),
+            "ve": (0.02, 100.0),
+            "iddpm": (0.002, 81.0),
+            "edm": (0.002, 80.0),
+        }[self.discretization]
+        low = lowest if self.sigma_min is None else self.sigma_min
+        return low, highest if self.sigma_max is None else self.sigma_max
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        yield from super().idle()
+        if self.discretization != "edm":
+            yield "rho", "it belongs to discretization edm"
+        if self.discretization != "iddpm":
+            for key in ("C_1", "C_2", "M"):
+                yield key, "it belongs to discretization iddpm"
+        if "vp" not in (self.discretization, self.schedule):
+            yield "epsilon_s", "it belongs to discretization vp and schedule vp"
+        if self.solver == "euler":
+            yield "alpha", "solver euler evaluates once"
 
     def evaluations(self, timesteps: int | None = None) -> int:
         return 2 * self.steps - 1 if self.solver == "heun" else self.steps
@@ -153,31 +230,34 @@ class _VPTime(SamplerOptions):
         "cosine: improved DDPM's. discrete: Stable Diffusion's 1000 steps.",
     )
     t_start: float = Field(
-        default=1.0, gt=0, le=1, description="First time; clipped to the denoiser's sigma range."
+        default=1.0, ge=0.05, le=1, description="First time; clipped to the denoiser's sigma range."
     )
+    t_end: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "_VPTime":
+        if self.t_end >= self.t_start:
+            raise ValueError(f"t_end {self.t_end} is not below t_start {self.t_start}")
+        return self
 
 
 class DPMSolverOptions(_VPTime):
     """DPM-Solver "fast" of Lu et al. 2022 (singlestep, order 3 with a lower tail), as in U-ViT."""
 
     kind: Literal["dpm_solver"] = Field(default="dpm_solver", description="DPM-Solver, fast.")
-    steps: int = Field(default=50, ge=1, description="Number of denoiser evaluations.")
+    steps: Count = Field(default=50, description="Number of denoiser evaluations.")
     spacing: Literal["logsnr", "time"] = Field(
         default="logsnr", description="Steps uniform in log signal-to-noise ratio or in time."
     )
-    t_end: float = Field(default=1e-4, gt=0, lt=1, description="Last time; the sample is x there.")
+    t_end: float = Field(
+        default=1e-4, ge=1e-6, lt=1, description="Last time; the sample is x there."
+    )
     precision: Literal["float64", "float32"] = Field(
         default="float64",
         description="Of the solver's schedule. float32 is that of U-ViT's released code, whose s "
         "is off by 0.3 percent at t = 1e-4.",
     )
     prediction: ClassVar[str] = "noise"
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "DPMSolverOptions":
-        if self.t_end >= self.t_start:
-            raise ValueError(f"t_end {self.t_end} is not below t_start {self.t_start}")
-        return self
 
     def evaluations(self, timesteps: int | None = None) -> int:
         return self.steps
@@ -192,7 +272,9 @@ class DPMSolverPPOptions(DPMSolverOptions):
     spacing: Literal["logsnr", "time"] = Field(
         default="time", description="Steps uniform in log signal-to-noise ratio or in time."
     )
-    t_end: float = Field(default=1e-3, gt=0, lt=1, description="Last time; the sample is x there.")
+    t_end: float = Field(
+        default=1e-3, ge=1e-6, lt=1, description="Last time; the sample is x there."
+    )
     prediction: ClassVar[str] = "data"
 
 
@@ -200,12 +282,15 @@ class EulerMaruyamaOptions(_VPTime):
     """Euler(-Maruyama) on the reverse SDE or its probability-flow ODE (Song et al. 2021)."""
 
     kind: Literal["euler_maruyama"] = Field(default="euler_maruyama", description="Reverse SDE.")
-    steps: int = Field(default=1000, ge=1, description="Number of updates and of evaluations.")
+    steps: Count = Field(default=1000, description="Number of updates and of evaluations.")
     form: Literal["sde", "ode"] = Field(
         default="sde", description="sde: noise at every update but the last. ode: deterministic."
     )
     t_end: float = Field(
-        default=1e-3, gt=0, lt=1, description="Last time above zero; one update from it ends at 0."
+        default=1e-3,
+        ge=1e-6,
+        lt=1,
+        description="Last time above zero; one update from it ends at 0.",
     )
 
     def evaluations(self, timesteps: int | None = None) -> int:
@@ -234,8 +319,8 @@ class _Discrete(SamplerOptions):
         description="Betas. formulation: the denoiser's own where it is discrete, else linear. Or "
         "linear (1e-4..0.02), linearX (1e-4..X), cosine, whatever the denoiser.",
     )
-    timesteps: int = Field(
-        default=1000, ge=2, description="Length T of a schedule that is not the denoiser's."
+    timesteps: Steps = Field(
+        default=1000, description="Length T of a schedule that is not the denoiser's."
     )
     precision: Literal["float64", "float32"] = Field(
         default="float64",
@@ -255,6 +340,33 @@ class _Discrete(SamplerOptions):
         ):
             raise ValueError(f'"{value}" is no respacing; "", "250", "10,15,20" or "ddim25" are')
         return value
+
+    @model_validator(mode="after")
+    def _has_betas(self) -> "_Discrete":
+        if self.schedule != "formulation":
+            try:
+                self.check(None)
+            except UserError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    def check(self, own: int | None) -> None:
+        """Raise ``UserError`` where these steps cannot be walked.
+
+        ``own`` is the number of steps of a discrete formulation, ``None`` of any other.
+        """
+        walked = own if self.schedule == "formulation" else None
+        if walked is None:
+            check_betas(self.schedule.replace("formulation", "linear"), self.timesteps)
+        elif self.timesteps != 1000:
+            raise UserError(
+                f"timesteps cannot act: the formulation has its own {walked} steps; leave it out"
+            )
+        kept_steps(walked or self.timesteps, self.respacing)
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        if self.threshold != "dynamic":
+            yield "quantile", "it belongs to threshold dynamic"
 
     def evaluations(self, timesteps: int | None = None) -> int:
         if self.respacing == "":
@@ -281,14 +393,14 @@ class DDIMOptions(_Discrete):
 
     kind: Literal["ddim"] = Field(default="ddim", description="DDIM.")
     eta: float = Field(
-        default=0.0, ge=0, description="0 is deterministic; 1 has DDPM's posterior variance."
+        default=0.0, ge=0, le=10, description="0 is deterministic; 1 has DDPM's posterior variance."
     )
 
 
 class GuidanceOptions(BaseModel):
     """Classifier-free guidance as each paper defines it; ``s`` is the scale."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     kind: Literal["edm", "uvit", "udit", "patch"] = Field(
         default="edm",
@@ -380,6 +492,12 @@ def guidance_options(
         raise UserError(f"guidance: {one_line(error)}") from None
 
 
+def discrete_steps(formulation: dict[str, Any]) -> int | None:
+    """Steps of a discrete formulation (its options as a mapping), ``None`` of any other."""
+    discrete = formulation.get("kind") == "ddpm" or formulation.get("schedule") == "discrete"
+    return formulation.get("steps", 1000) if discrete else None
+
+
 def nfe(
     spec: dict[str, Any] | SamplerOptions,
     guidance: float | dict[str, Any] | GuidanceOptions | None = None,
@@ -391,7 +509,5 @@ def nfe(
     a discrete sampler without respacing on a discrete formulation.
     """
     guided = guidance_options(guidance, formulation)
-    formulation = formulation or {}
-    discrete = formulation.get("kind") == "ddpm" or formulation.get("schedule") == "discrete"
-    timesteps = formulation.get("steps", 1000) if discrete else None
+    timesteps = discrete_steps(formulation or {})
     return options(spec).evaluations(timesteps) * (guided.evaluations if guided else 1)
