@@ -91,7 +91,7 @@ def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str
     if stage == "evaluate":
         same = facts.get("protocol") in (None, study.evaluation.protocol())
         return "" if same else "made by another protocol"
-    if facts.get("status") == "skipped":
+    if facts.get("status") not in ("done", "diverged"):
         return ""
     guidance = guidance_options(
         protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec["formulation"]

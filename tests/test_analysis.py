@@ -467,6 +467,9 @@ def test_stable_targets_are_not_judged_on_arms_that_know_the_class(tmp_path):
     ((_, found),) = evidence.stable_quality(tables)
     assert found.word == "not testable at this budget"
     assert "told the class" in found.reason
+    page = report(made, made.parent, tmp_path / "page").read_text()
+    assert "biased for a class-conditional network" in page
+    assert "shown and not judged" in page
 
 
 def test_arms_that_share_a_name_are_told_apart(tmp_path):

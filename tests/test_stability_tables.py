@@ -73,11 +73,6 @@ def tree(tmp_path_factory) -> Path:
         folder = manifest.parent / "runs" / entry["run"]
         if key not in MISSING:
             probe_tables(folder, key[1], key[3], key in DIVERGED)
-        entry["spec"]["training"]["conditional"] = True
-        status = folder / "train" / "status.json"
-        if status.is_file():
-            found = json.loads(status.read_text())
-            status.write_text(json.dumps(found | {"spec": entry["spec"]}))
     manifest.write_text(json.dumps(content))
     aggregate(manifest, manifest.parent, manifest.parent / "tables")
     return manifest
@@ -688,12 +683,11 @@ def test_published_factors_stand_beside_the_feature_norm(tables):
     assert "depth 12: 1/sqrt2-CS × 0.70, LS × 0.55, CS × 0.50" in first.reason
 
 
-def test_label_bias_is_said_only_of_conditional_networks(tables, tmp_path):
-    assert claims.label_bias(tables).startswith("6 arms are class-conditional")
-    assert claims.label_bias(tables.only(target_kind="dsm")) is None
-    manifest = synthetic.build(tmp_path, **GRID, seeds=(0,), diverged=(), missing=(), logged=30)
-    aggregate(manifest, manifest.parent, tmp_path / "tables")
-    assert claims.label_bias(Tables.read(tmp_path / "tables")) is None
+def test_label_bias_is_said_only_of_conditional_networks(tables):
+    told = replace(tables, runs=tables.runs.assign(conditional="true"))
+    assert claims.label_bias(told).startswith("6 arms are class-conditional")
+    assert claims.label_bias(told.only(target_kind="dsm")) is None
+    assert claims.label_bias(tables) is None
 
 
 def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
@@ -734,9 +728,8 @@ def test_the_report_answers_which_scaling_is_stable(tree, tmp_path):
     assert section.count('src="data:image/') == 1
     assert "ScaleLong’s claims" in section
     assert "0 of 3 against 1 of 3" in section
-    # Sections without figures are not there; the caveat about labels is.
-    assert 'id="theory"' not in page
-    assert "biased for a class-conditional network" in page
+    assert 'id="theory"' not in page  # sections without figures are not there
+    assert "biased for a class-conditional network" not in page
 
 
 def test_the_report_of_one_seed_claims_no_stability(tmp_path):

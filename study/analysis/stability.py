@@ -431,7 +431,7 @@ def _contests(
 def blind(spec: Row, other: Row) -> bool:
     """Whether two arms differ in the target and are class-conditional: see :data:`BLIND`."""
     unlike = spec["target"].get("kind") != other["target"].get("kind")
-    return unlike and any(one["training"].get("conditional") for one in (spec, other))
+    return unlike and any(one.get("training", {}).get("conditional") for one in (spec, other))
 
 
 def unjudged(note: str) -> dict[str, Any]:
