@@ -159,6 +159,11 @@ def _section(model: type[BaseModel], parts: dict[str, Any], name: str) -> dict[s
     return check(model, parts[name], f"spec.{name}.").model_dump(mode="json")
 
 
+def placed(dataset: dict[str, Any], path: str = "-") -> dict[str, Any]:
+    """The section with a ``path`` where it needs one: a spec does not say where things lie."""
+    return dataset if dataset.get("source") == "digits" else {"path": path, **dataset}
+
+
 def complete(parts: dict[str, Any]) -> dict[str, Any]:
     """The resolved spec that ``canonical`` made ``parts`` of; a resolved spec stays as it is.
 
@@ -181,13 +186,11 @@ def complete(parts: dict[str, Any]) -> dict[str, Any]:
     options = entry.options
     if kind.options is not None:
         options = check(kind.options, options, "spec.backbone.options.").model_dump(mode="json")
-    # A spec does not say where things lie.
-    nowhere = {"path": "-"}
-    dataset = check(Dataset, nowhere | parts["dataset"], "spec.dataset.").model_dump(mode="json")
+    dataset = check(Dataset, placed(parts["dataset"]), "spec.dataset.").model_dump(mode="json")
     imported = {}
     training, untrained = parts["training"], {}
     if "checkpoint" in parts:
-        check(Checkpoint, nowhere | parts["checkpoint"], "spec.checkpoint.")
+        check(Checkpoint, {"path": "-"} | parts["checkpoint"], "spec.checkpoint.")
         imported = {"checkpoint": parts["checkpoint"]}
         untrained = UNTRAINED
         training = training | {"steps": 1, "batch": 1, "lr": 1.0}

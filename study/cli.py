@@ -110,13 +110,14 @@ def convert(
     code: Annotated[str | None, typer.Option(help="Digest of the converting code.")] = None,
 ) -> None:
     """Convert a source of images to a data set archive."""
+    from study.arms import placed
     from study.config import Dataset, check
     from study.contents import look, remember
     from study.data.convert import convert as run
 
     settings = _json(spec, "--spec")
-    assumed = {"name": settings.get("source"), "path": source_path or "-"}
-    check(Dataset, assumed | settings, "--spec: ")
+    named = {"name": settings.get("source"), **settings}
+    check(Dataset, placed(named, source_path or "-"), "--spec: ")
     seen = look(source_path or settings.get("path"), out)
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
     remember(seen, out, summary, code)
