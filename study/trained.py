@@ -25,8 +25,9 @@ class BrokenWeights(UserError):
 def read_status(train: str | Path) -> dict[str, Any]:
     """``status.json`` of the run in ``train``. Raises ``UserError`` where it is no such file."""
     path = Path(train) / "status.json"
-    status = read_object(path, "status", "spec", "step")
-    if not isinstance(status["spec"], dict) or status["status"] not in ("done", "diverged"):
+    status = read_object(path, "status", "spec")
+    told = {"done": (), "diverged": ("step", "reason")}.get(str(status["status"]))
+    if not isinstance(status["spec"], dict) or told is None or not status.keys() >= set(told):
         raise UserError(f"{path}: not the status of a training; train the run again")
     return status
 

@@ -1013,6 +1013,14 @@ def _infinite_numbers(kind: str, run: str, frame: pd.DataFrame) -> list[dict]:
 # --- quality checks -------------------------------------------------------------------------------
 
 
+def _completed(spec: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of options that did not exist yet; a spec of another version as it is."""
+    try:
+        return complete(spec)
+    except UserError:
+        return spec
+
+
 def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) -> list[dict]:
     problems = []
     for one, row in zip(found, runs, strict=True):
@@ -1039,8 +1047,7 @@ def _quality_checks(found: list[_Found], runs: list[dict], metrics: list[dict]) 
             if row["final_loss"] is None and "imported" not in one.train:
                 problems.append(_problem("error", "non-finite loss", run, "final loss is missing"))
         written = one.train.get("spec") if one.train else None
-        # Completed: a spec from before an option existed has the option's default.
-        if written is not None and complete(written) != complete(one.spec):
+        if written is not None and _completed(written) != _completed(one.spec):
             detail = "the spec on disk is not the manifest's"
             problems.append(_problem("error", "other spec", run, detail))
     problems += _identical_weights(found)
