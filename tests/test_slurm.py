@@ -18,7 +18,11 @@ PLUGIN = (
     "snakemake-executor-plugin-slurm==2.8.0",
     "snakemake-executor-plugin-slurm-jobstep==0.6.1",
 )
-PROFILE = ("--workflow-profile", "workflow/profiles/slurm")
+PROFILE = (
+    "--workflow-profile=workflow/profiles/slurm",
+    "--slurm-init-seconds-before-status-checks=1",
+    "--seconds-between-status-checks=2",
+)
 # A GPU would compute other bytes than the CPU of the run to compare with.
 GPUS = 0 if shutil.which("nvidia-smi") else 1
 
@@ -71,11 +75,7 @@ class User:
 
     def start(self, *targets: str) -> None:
         self.process = subprocess.Popen(
-            [
-                *self.project.command(*targets),
-                *PROFILE,
-                "--slurm-init-seconds-before-status-checks=1",
-            ],
+            [*self.project.command(*targets), *PROFILE],
             env=self.environment,
             cwd=self.project.folder,
             stdout=(self.project.folder / "said").open("w"),

@@ -9,9 +9,6 @@ from snakemake_interface_common.exceptions import WorkflowError
 
 from study import devices
 
-# Seconds after which a cluster is asked for its jobs at the latest. Slurm forgets finished ones.
-PATIENCE = 30
-
 
 def say(text):
     print(f"study: {text}", file=sys.stderr)
@@ -129,10 +126,15 @@ class StudyScheduler(JobScheduler):
         self.report_job_error(job_info, msg=msg, **options)
 
     async def sleep(self):
-        """Until the cluster is asked again: not for long, and hardly when everything is to end."""
-        begun, planned = time.monotonic(), self._executor.next_seconds_between_status_checks
+        """Until the cluster is asked again: as planned, but not longer than the profile says.
+
+        Slurm's plugin would wait for minutes at last, and Slurm forgets jobs that have ended.
+        """
+        remote, begun = self.workflow.remote_execution_settings, time.monotonic()
+        planned = self._executor.next_seconds_between_status_checks
         while self._executor.wait:
-            if time.monotonic() - begun >= min(planned, 3 if stop_asked() else PATIENCE):
+            longest = 3 if stop_asked() else remote.seconds_between_status_checks
+            if time.monotonic() - begun >= min(planned, longest):
                 return
             await asyncio.sleep(1)
 
