@@ -916,9 +916,10 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
 def _plain_scaling(arm: _Arm, section: dict[str, Any], lines: list[str]) -> SkipScaling:
     """The arm's scaling as its backbone tells it apart; ``lines`` gets a word on a change."""
     model = family(section["family"]).options
-    if model is None:
+    shapes = model.model_validate(section["options"]).skip_shapes() if model else None
+    if shapes is None:
         return arm.scaling
-    plain = same_factors(arm.scaling, model.model_validate(section["options"]).skip_shapes())
+    plain = same_factors(arm.scaling, shapes)
     if plain != arm.scaling:
         lines.append(
             f"{arm.backbone}: {arm.scaling} is {plain} on its long skips; the two are one arm"

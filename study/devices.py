@@ -216,16 +216,19 @@ def _beat(path: Path, ended: threading.Event) -> None:
             os._exit(STOPPED)
 
 
-def occupied(folder: str | Path) -> bool:
-    """Whether a living process keeps others out of ``folder`` (``alone``)."""
+def occupied(folder: str | Path, name: str = "lock") -> bool:
+    """Whether a living process keeps others out of ``folder`` (``alone``), here or elsewhere."""
+    path, told = Path(folder) / name, True
     try:
-        with (Path(folder) / "lock").open("rb") as file:
+        with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:  # no such folder, or a file system without flock
+    except FileNotFoundError:
         return False
-    return False
+    except OSError:  # a file system without flock
+        told = False
+    return _lives(_record(path), told)
 
 
 @contextmanager

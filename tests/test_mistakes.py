@@ -317,6 +317,18 @@ VALUES = [
         {"backbones": {"uvit": {"family": "patch_unet", "options": {"channel_mult": [2, 1]}}}},
         "channel_mult must not decrease",
     ),
+    (
+        {"backbones": {"uvit": {"family": "patch_unet", "options": {"num_heads_upsample": 3}}}},
+        "num_heads_upsample 3 does not divide the width 128",
+    ),
+    (
+        {
+            "backbones": {
+                "uvit": {"family": "patch_unet", "options": {"attention_resolutions": [0]}}
+            }
+        },
+        "attention_resolutions[0]: input should be greater than or equal to 1",
+    ),
 ]
 
 

@@ -22,9 +22,9 @@ class Options(BaseModel):
         """
         return None
 
-    def skip_shapes(self) -> list[tuple[int, int]]:
-        """Relative width and level of the long skips, outermost first."""
-        raise NotImplementedError
+    def skip_shapes(self) -> list[tuple[int, int]] | None:
+        """Relative width and level of the long skips, outermost first; ``None``: not told."""
+        return None
 
 
 # --- U-ViT -------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class PatchUNet(Options):
         description="Width over model_channels per level, finest first; must not decrease.",
     )
     num_res_blocks: int = Field(2, ge=1, le=1000, description="Residual blocks per level.")
-    attention_resolutions: tuple[int, ...] = Field(
+    attention_resolutions: tuple[Count, ...] = Field(
         (16, 8), description="Resolutions of the patched grid that have attention."
     )
     num_heads: int = Field(1, ge=1, description="Attention heads, unless num_head_channels.")
@@ -268,10 +268,13 @@ class PatchUNet(Options):
             return f"a learned variance needs channel_mult[0] = 1, not {self.channel_mult[0]:g}"
         if not (self.conv_resample or self.resblock_updown) and len(set(widths)) > 1:
             return f"conv_resample false needs the same width on every level, not {widths}"
-        for width in widths:
-            if self.num_head_channels == -1 and width % self.num_heads:
-                return f"num_heads {self.num_heads} does not divide the width {width}"
-            if self.num_head_channels != -1 and width % max(self.num_head_channels, 1):
+        upward = self.num_heads if self.num_heads_upsample == -1 else self.num_heads_upsample
+        for key, heads in (("num_heads", self.num_heads), ("num_heads_upsample", upward)):
+            for width in widths if self.num_head_channels == -1 else ():
+                if heads < 1 or width % heads:
+                    return f"{key} {heads} does not divide the width {width}"
+        for width in widths if self.num_head_channels != -1 else ():
+            if self.num_head_channels < 1 or width % self.num_head_channels:
                 return f"num_head_channels {self.num_head_channels} does not divide {width}"
         step = self.patch_size * 2 ** (len(widths) - 1)
         if resolution is not None and resolution % step:
@@ -351,7 +354,7 @@ class SongUNet(Options):
     )
     channel_mult_emb: int = Field(4, ge=1, description="Width factor of the embedding vector.")
     num_blocks: int = Field(4, ge=1, le=1000, description="Residual blocks per resolution.")
-    attn_resolutions: tuple[int, ...] = Field((16,), description="Resolutions with attention.")
+    attn_resolutions: tuple[Count, ...] = Field((16,), description="Resolutions with attention.")
     embedding_type: Literal["positional", "fourier"] = Field(
         "positional", description="Features of the noise level."
     )
