@@ -377,6 +377,8 @@ if sys.argv[1] == "train":
 else:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("x")
+    if sys.argv[1] == "convert":
+        Path(f"{out}.json").write_text("{}")
 """
 
 
