@@ -15,6 +15,8 @@ import pytest
 
 # Jobs on a shared machine must not fight for cores; numbers must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nor on the processor: golden numbers leave less room than the order of MKL's sums takes on some.
+os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("Snakefile", "config.yaml", "envs", "notebooks", "pyproject.toml", "study", "workflow")
