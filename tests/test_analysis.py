@@ -589,7 +589,10 @@ def test_words_and_colours_are_fixed():
     colours = style.scaling_colours(["cs(0.9)", "cs(0.5)", "ls", "none"])
     assert len(set(colours.values())) == 4
     assert colours["cs(0.9)"] == style.COLOURS["cs"]
-    assert len(set(style.markers(["uvit", "mine", "other"]).values())) == 3
+    families = {"uvit": "uvit", "deep": "uvit", "mine": "mine"}
+    markers = style.markers(families, families)
+    assert len(set(markers.values())) == 3
+    assert markers["uvit"] == style.MARKERS["uvit"]
 
 
 def test_analysis_needs_no_torch():
