@@ -26,7 +26,7 @@ def _started(pid: int) -> str:
         state, *fields = _read(f"/proc/{pid}/stat").rpartition(")")[2].split() or [""]
         return fields[18] if state not in ("", "Z", "X") else ""
     command = ["ps", "-o", "lstart=", "-p", str(pid)]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip()
 
 
 def _machine() -> dict[str, str]:

@@ -192,7 +192,8 @@ def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
     program = (
         "from study import devices; devices.PATIENCE = 0.2; from study.cli import main; main()"
     )
-    arguments = ["generate", "--run-dir", str(tmp_path), "--protocol", "{}", "--gpus", "1"]
+    protocol = '{"sampler": {"kind": "edm_heun"}}'
+    arguments = ["generate", "--run-dir", str(tmp_path), "--protocol", protocol, "--gpus", "1"]
     arguments += ["--data", "none.zip", "--out", str(tmp_path / "generate")]
     temporary = tmp_path / "tmp"
     temporary.mkdir()
