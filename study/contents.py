@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from study.files import UserError, read_json, sha256, write_json
+from study.leftovers import is_kept
 
 MANY = 50_000
 """Files of a source beyond which the times of its folders stand for those of its files.
@@ -27,9 +28,6 @@ stays does not, and goes unnoticed in sources of more files than this.
 
 KNOWN_TIMES = 8
 """How many sets of times are remembered for one content: studies may hold copies of it."""
-
-JUNK = frozenset({"@eaDir", "__MACOSX", "Thumbs.db", "desktop.ini", "lock.mdb"})
-"""What file managers and readers leave in a folder; like hidden files it is not content."""
 
 
 # --- sources -------------------------------------------------------------------------------------
@@ -60,7 +58,7 @@ def _walk(path: Path) -> Iterator[Member]:
         yield inside, os.stat(path / inside)
         with os.scandir(path / inside) as entries:
             for entry in entries:
-                if entry.name.startswith(".") or entry.name in JUNK:
+                if not is_kept([entry.name]):
                     continue
                 if entry.is_file():
                     yield inside + entry.name, entry.stat()
@@ -152,7 +150,9 @@ def source(path: str | None, archive: str | Path) -> str:
             return former
         print(f"study: {place}: reading it again, for its times have changed", file=sys.stderr)
         content = digest(place)
-    except OSError:
+    except OSError as error:
+        if place.exists():
+            print(f"study: {place}: whether it has changed is not known ({error})", file=sys.stderr)
         return former
     if content != noted.get("content"):
         return f"{now.listing}-{content}"
@@ -235,7 +235,7 @@ def archive_hash(path: str | Path) -> str | None:
     try:
         with zipfile.ZipFile(path) as file:
             return json.loads(file.read("dataset.json"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except Exception:  # another file in its place may be damaged in any way
         return None
 
 

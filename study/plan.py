@@ -32,7 +32,7 @@ from study.arms import (
 )
 from study.arms import runs as resolve
 from study.averaging import remark
-from study.config import Probe, Study, load
+from study.config import Dataset, Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
 from study.progress import SECONDS, check_folder, duration
@@ -308,16 +308,30 @@ def check_shared(
     """
     results, ours = Path(results), study.model_dump(mode="json")
     for path in sorted(results.glob("*/study.json")):
-        other = read_json(path)["config"]
-        if other["study"] == study.study:
-            continue
-        _check_classifier(ours, other, path.parent)
-        for where, mine in _datasets(ours).items():
-            for theirs in _datasets(other).values():
-                _check_same(where, mine, theirs, path.parent)
-                if sources is not None and mine["name"] == theirs["name"]:
-                    archive = str(results / "datasets" / f"{mine['name']}.zip")
-                    _check_source(where, mine, theirs, path.parent, archive, sources)
+        try:
+            _check_other(ours, read_json(path)["config"], path.parent, sources)
+        except (KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"{path}: not the description of a study of this version; move {path.parent} away"
+            ) from None
+
+
+def _check_other(
+    ours: Mapping[str, Any],
+    other: Mapping[str, Any],
+    folder: Path,
+    sources: Mapping[str, str] | None,
+) -> None:
+    """The same of one other study, whose results are in ``folder``."""
+    if other["study"] == ours["study"]:
+        return
+    _check_classifier(ours, other, folder)
+    for where, mine in _datasets(ours).items():
+        for theirs in _datasets(other).values():
+            _check_same(where, mine, theirs, folder)
+            if sources is not None and mine["name"] == theirs["name"]:
+                archive = str(folder.parent / "datasets" / f"{mine['name']}.zip")
+                _check_source(where, mine, theirs, folder, archive, sources)
 
 
 def _check_source(
@@ -396,11 +410,10 @@ def check(
     """
     check_shared(study, results, sources)
     _check_notebooks(study, Path(notebooks))
-    datasets = Path(results) / "datasets"
     found = {}
     for where, dataset in (("dataset", study.dataset), ("reference", study.evaluation.reference)):
         if dataset is not None:
-            found[where] = _converted(datasets / f"{dataset.name}.zip")
+            found[where] = _converted(dataset, Path(results))
     if found["dataset"] is not None:
         images, *shape = found["dataset"]
         check_archive(dict(runs), study.dataset.name, images, tuple(shape))
@@ -415,14 +428,27 @@ def _check_notebooks(study: Study, folder: Path) -> None:
             raise UserError(f"notebooks: there is no {folder / name}.ipynb; allowed: {here}")
 
 
-def _converted(archive: Path) -> tuple[int, int, int] | None:
-    """Images, resolution and channels of an archive; ``None`` where it is not there or not ours."""
+def _converted(dataset: Dataset, results: Path) -> tuple[int, int, int] | None:
+    """Images, resolution and channels of a data set's archive.
+
+    ``None`` where there is none, or none that the study would still make of its source.
+    """
+    archive = results / "datasets" / f"{dataset.name}.zip"
     try:
         with zipfile.ZipFile(archive) as file, file.open("dataset.json") as opened:
             meta = json.loads(opened.read(LARGEST_DESCRIPTION))
-        return int(meta["images"]), int(meta["resolution"]), int(meta["channels"])
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile):
+        images, *shape = (int(meta[key]) for key in ("images", "resolution", "channels"))
+    except Exception:  # a file in its place may be damaged in any way; the jobs will say so
         return None
+    settings = dataset.model_dump(mode="json")
+    wanted = images_of(settings) or min(images, dataset.max_images or images)
+    fixed = zip(shape, image_shape(settings))
+    if images != wanted or any(asked not in (None, found) for found, asked in fixed):
+        return None
+    former = contents.made_from(archive)
+    if former is not None and contents.source(dataset.path, archive) != former:
+        return None
+    return images, *shape
 
 
 def _check_reference(
@@ -475,9 +501,9 @@ def missing_files(
             status = folder / run.name / "train/status.json"
             wanted.append((f"{run.display}: checkpoint", run.checkpoint, [status]))
     return [
-        f"{where}: {path} does not exist"
+        f"{where}: {path}: no such file or folder"
         for where, path, made in wanted
-        if path is not None and not os.path.exists(path) and not all(map(os.path.exists, made))
+        if contents.gone(path) and not all(map(os.path.exists, made))
     ]
 
 
@@ -772,4 +798,4 @@ def show(
         *missing_files(study, runs, results),
         *changed_sources(study, results),
     ]:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)

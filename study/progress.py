@@ -272,7 +272,7 @@ def read_progress(run_folder: Path) -> dict[str, Any] | None:
 def kept(run_folder: Path) -> int:
     """A number that grows whenever a run has kept more of its work: a checkpoint, some samples."""
     state, times = run_folder / "state", [0]
-    for path in (state / "checkpoint.pt", *(state / "generate").glob("*.npy")):
+    for path in (state / "checkpoint.pt", *(state / "generate").glob("[!.]*.npz")):
         with suppress(OSError):
             times.append(path.stat().st_mtime_ns)
     return max(times)

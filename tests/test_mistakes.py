@@ -472,7 +472,9 @@ def test_home_is_known_on_the_command_line(words, tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "own.yaml").write_text(json.dumps(base()))
     monkeypatch.setattr(sys, "argv", ["study", "runs", *words])
-    cli.main()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
     assert "uvit · none · dsm" in capsys.readouterr().out
 
 
@@ -485,7 +487,7 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert capsys.readouterr().err == "study: /some/where: No space left on device\n"
+    assert capsys.readouterr().err == "study: /some/where: no space left on device\n"
 
 
 # --- what lies here --------------------------------------------------------------------------

@@ -443,7 +443,7 @@ def test_work_that_a_run_has_kept(tmp_path):
     write_progress(tmp_path)  # a step that no checkpoint holds
     touch(str(tmp_path / "state/lock"), NOW + 1)
     assert progress.kept(tmp_path) == first
-    touch(str(tmp_path / "state/generate/00000000.npy"), NOW + 2)
+    touch(str(tmp_path / "state/generate/00000000.npz"), NOW + 2)
     assert progress.kept(tmp_path) > first
 
 

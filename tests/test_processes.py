@@ -179,7 +179,7 @@ def test_other_stages_leave_at_once_and_half_written_nothing(data, plain, tmp_pa
         stderr=subprocess.PIPE,
         text=True,
     )
-    part = tmp_path / "state/generate/00000000.npy"
+    part = tmp_path / "state/generate/00000000.npz"
     wait_for(part.exists)
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[1]

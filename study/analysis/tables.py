@@ -21,7 +21,7 @@ import pandas as pd
 from study.analysis import stability, statistics
 from study.arms import complete
 from study.files import UserError, atomic, canonical_json, read_json
-from study.probes import MEASURED
+from study.probes.columns import MEASURED
 from study.probes.options import OPTIONS
 
 AXES = ["backbone", "skip_scaling", "target", "formulation"]

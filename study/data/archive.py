@@ -25,7 +25,6 @@ from study.data.reading import (
     bounded,
     classes_of,
     dataset_json,
-    is_kept,
     json_size,
     labels_of,
     one_line,
@@ -33,6 +32,7 @@ from study.data.reading import (
     shown,
 )
 from study.files import UserError
+from study.leftovers import is_kept
 
 if TYPE_CHECKING:
     import torch

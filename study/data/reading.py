@@ -9,7 +9,6 @@ import json
 import math
 import struct
 import zipfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,17 +25,6 @@ LABELS = 100_000
 """Classes of a data set; networks have an input or a row of weights for each."""
 
 MESSAGE = 200
-
-# Folders that systems make beside one's own (macOS, Synology, QNAP, Windows, ext4), as hidden ones.
-SYSTEM = {
-    *("__macosx", "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot"),
-    *("$recycle.bin", "system volume information", "lost+found", "__pycache__"),
-}
-
-
-def is_kept(parts: Iterable[str]) -> bool:
-    """Whether a path inside a source is the user's: neither hidden nor made by a system."""
-    return not any(part.startswith(".") or part.lower() in SYSTEM for part in parts)
 
 
 def shown(text: object, most: int = MESSAGE) -> str:

@@ -17,7 +17,8 @@ from study.data import Archive, order
 from study.diffusion.base import Denoiser
 from study.files import UserError, atomic, canonical_json, read_object, sha256, write_json
 from study.network import arithmetic, build_network
-from study.probes import MEASURED, PROBES
+from study.probes import PROBES
+from study.probes.columns import MEASURED
 from study.probes.options import OPTIONS, ProbeOptions
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator

@@ -1,5 +1,6 @@
 """Resumable state of a run, in a folder that the workflow does not own."""
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
         while (aside := path.with_name(ASIDE.replace("*", str(number)))).exists():
             number += 1
         path.rename(aside)
+        os.utime(aside)  # the newest is the one that was set aside last
         why = "made with other settings, code or data; set aside as"
         print(f"{path}: {why} {aside.name}", flush=True)
     if found is not None:

@@ -343,7 +343,7 @@ class StudyWorkflow(type(workflow)):
             self.running.begin()
         super().execute(*arguments, **options)
         if dry and self.is_main_process:
-            for problem in dict.fromkeys(missing()):
+            for problem in plan.missing_files(STUDY, RUNS):
                 stop_with(problem)
 
     def _prepare_dag(self, *arguments, **options):

@@ -30,8 +30,17 @@ def resumable(job):
 
 
 def occupied(job):
-    """The runs of a job that another process works on, such as a job of a killed workflow."""
-    return [run.name for run in resumable(job) if devices.occupied(run / "state")]
+    """What of a job's work another process has, such as a job of a killed workflow."""
+    runs = [run.name for run in resumable(job) if devices.occupied(run / "state")]
+    files = [
+        Path(str(path))
+        for one in members(job)
+        if one.rule.name == "evaluate" or one.rule.name.startswith("probe_")
+        for path in one.output
+    ]
+    return runs + [
+        str(path) for path in files if devices.occupied(path.parent, f".{path.name}.lock")
+    ]
 
 
 class StudyScheduler(JobScheduler):

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from study.data.reading import ITEM, Zip, bounded, is_kept, one_line, shown
+from study.data.reading import ITEM, Zip, bounded, one_line, shown
 from study.data.sources.base import Problem, Unusable
 from study.files import UserError
+from study.leftovers import is_kept
 
 # What reading a damaged or encrypted member raises.
 _UNREADABLE = (
