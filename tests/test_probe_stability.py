@@ -272,7 +272,7 @@ def fake(monkeypatch, losses: dict[float, list[float]], diverged: tuple[float, .
 
 def test_the_arms_own_settings_and_seeds_but_rate_steps_and_warmup(scan, monkeypatch):
     seen = fake(monkeypatch, {0.5: [1.0, 0.1]})
-    own = spec(seed=3, warmup=100, clip=1.0, optimizer="adamw")
+    own = spec(seed=3, steps=100, warmup=100, clip=1.0, optimizer="adamw")
     measured = scan(own, lr=(0.5,), steps=12, warmup=4)
     changed = {"lr": 0.5, "steps": 12, "warmup": 4}
     assert seen == [{**own, "training": {**own["training"], **changed}}]
@@ -297,7 +297,7 @@ def test_outcomes_follow_the_losses_and_beyond_goes_on(scan, monkeypatch):
 
 def test_every_network_of_a_split_run_has_to_train(scan, monkeypatch):
     kind = {"kind": "ddpm", "splits": [0.25]}
-    models = [{"split": 1, "lr": 1e-3, "steps": 7}, {"split": 0, "start": 1, "warmup": 50}]
+    models = [{"split": 1, "lr": 1e-3, "steps": 7}, {"split": 0, "start": 1, "steps": 60, "warmup": 50}]
     good, bad = [1.0, 0.8, 0.5, 0.4], [2.0, 1.9, 1.9, 1.9]
     seen = fake(monkeypatch, {0.1: good + good, 0.2: good + bad})
     measured = scan(spec(formulation=kind, models=models), lr=(0.1, 0.2), steps=4, warmup=2)

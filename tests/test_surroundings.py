@@ -185,10 +185,11 @@ def locales(tmp_path_factory) -> Path:
 def spoken(tmp_path_factory):
     """What the verbs say of a study with foreign texts, in a locale of choice."""
     root = tmp_path_factory.mktemp("ünicode")
-    for number, name in enumerate(("café/1.png", "cafe\u0301/1.png", "猫/1.png", "a b/1.png")):
+    for number, name in enumerate(("café/1.png", "猫/1.png", "a b/1.png")):
         path = root / "in 猫" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8, 3), 20 * number, np.uint8)).save(path)
+    (root / "results").mkdir()
     (root / "u.yaml").write_text(CONFIG % (root / "in 猫"), encoding="utf-8")
 
     @cache

@@ -432,6 +432,8 @@ if sys.argv[1] == "train":
     for name in "weights.safetensors raw.safetensors dynamics.parquet timing.parquet".split():
         (out / name).write_text("x")
     out = out / "status.json"
+else:
+    Path(f"{out}.json").write_text("{}")
 out.write_text("x")
 """
 
@@ -511,7 +513,7 @@ def test_missing_notebook_is_one_line(project):
 def test_two_meanings_of_one_data_set_are_one_line(finished):
     other = finished.folder / "workflow/studies/other.yaml"
     study = yaml.safe_load((finished.folder / SMOKE).read_text())
-    study |= {"study": "other", "dataset": {**study["dataset"], "max_images": 100}}
+    study |= {"study": "other", "dataset": {**study["dataset"], "max_images": 1000}}
     other.write_text(yaml.safe_dump(study))
     try:
         done = Project(finished.folder, "workflow/studies/other.yaml").snakemake("-n")
