@@ -36,7 +36,7 @@ from study.config import Dataset, Probe, Study, load
 from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
 from study.progress import SECONDS, check_folder, duration
-from study.status import State, state_of
+from study.status import State, replaced, state_of
 
 SPEED = {
     # family: (one CPU core, one GPU), in GFLOP/s that training reaches. CPU: measured with the tiny
@@ -418,7 +418,7 @@ def check(
         images, *shape = found["dataset"]
         check_archive(dict(runs), study.dataset.name, images, tuple(shape))
     _check_reference(study, found["dataset"], found.get("reference"))
-    return remarks(study)
+    return [*remarks(study), *kept_archives(study, Path(results))]
 
 
 def _check_notebooks(study: Study, folder: Path) -> None:
@@ -525,9 +525,10 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     images = images_to_make(study, results)
     probes = {probe.kind: _probe_seconds(probe, results) for probe in study.probes}
     looked_at = {probe.kind: set(probed(found, probe)) for probe in study.probes}
+    source = replaced(study, results)
     rows = []
     for run in found.values():
-        state = state_of(run, folder / run.name, study=study)
+        state = state_of(run, folder / run.name, study=study, source=source)
         row = _row(study, run, state, networks, measured, images)
         again = state.state == "stale" and state.stage == "train"
         todo = [
@@ -766,6 +767,16 @@ def changed_sources(study: Study, results: str | Path = "results") -> list[str]:
                 "is converted anew, and with it everything that depends on it"
             )
     return lines
+
+
+def kept_archives(study: Study, results: Path) -> list[str]:
+    """A line for each data set whose source is not where the study says, and that is there."""
+    return [
+        f"{where}.path: {dataset['path']}: no such file or folder; {archive} stays in use"
+        for where, dataset in _datasets(study.model_dump(mode="json")).items()
+        if contents.gone(dataset["path"])
+        and (archive := results / "datasets" / f"{dataset['name']}.zip").exists()
+    ]
 
 
 def show(

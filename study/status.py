@@ -116,14 +116,33 @@ def _unlike_probe(probe: Probe, run: Run, facts: Mapping[str, Any]) -> str:
     return "" if not options or probe.agrees(options) else "made with other options"
 
 
-def state_of(run: Run, folder: Path, now: float | None = None, study: Study | None = None) -> State:
-    """Where the run in ``folder`` stands; with its study, samples and probes are looked at too."""
+def replaced(study: Study, results: Path) -> str:
+    """Why the data set will be converted anew, and all runs with it; empty if it will not be."""
+    archive = results / "datasets" / f"{study.dataset.name}.zip"
+    former = contents.made_from(archive)
+    same = former is None or contents.source(study.dataset.path, archive) == former
+    return "" if same else "its data set's source has changed"
+
+
+def state_of(
+    run: Run,
+    folder: Path,
+    now: float | None = None,
+    study: Study | None = None,
+    source: str = "",
+) -> State:
+    """Where the run in ``folder`` stands; with its study, samples and probes are looked at too.
+
+    ``source`` is what `replaced` says.
+    """
     now = time.time() if now is None else now
     progress = read_progress(folder)
     status = _json(folder / "train" / "status.json")
     if progress is not None and not (status and progress["stage"] == "train"):
         step, steps = progress["step"], progress["steps"]
-        if step < steps and now - progress["time"] < ALIVE:
+        # A training that leaves in order gives the run's lock back.
+        held = (folder / "state" / "lock").exists()
+        if step < steps and held and now - progress["time"] < ALIVE:
             left = (steps - step) * progress["seconds"] / max(step, 1)
             return State(run, "running", progress["stage"], step, steps, left)
     if status is None:
@@ -136,7 +155,7 @@ def state_of(run: Run, folder: Path, now: float | None = None, study: Study | No
     if study is not None:
         archive = folder.parents[2] / "datasets" / f"{study.dataset.name}.zip"
         data = (_json(contents.described(archive)) or {}).get("sha256")
-    why = outdated(run, status, data)
+    why = outdated(run, status, data) or source
     if why:
         return State(run, "stale", "train", step, steps, note=why)
     diverged = status.get("status") == "diverged"
@@ -164,8 +183,10 @@ def state_of(run: Run, folder: Path, now: float | None = None, study: Study | No
 
 def states(study: Study, results: Path = Path("results")) -> Iterator[State]:
     """Where every run of a study stands, in the study's order."""
+    source = replaced(study, results)
     for run in resolve(study).values():
-        yield state_of(run, results / study.study / "runs" / run.name, study=study)
+        folder = results / study.study / "runs" / run.name
+        yield state_of(run, folder, study=study, source=source)
 
 
 def _table(study: Study, found: list[State]) -> Any:

@@ -542,6 +542,25 @@ def test_a_converted_data_set_is_compared_with_the_settings(tmp_path):
         plan.check(study, runs(study), tmp_path)
     content["evaluation"]["reference"] |= {"resolution": 8, "color": "grey"}
     study = load(content)
+    (line,) = plan.check(study, runs(study), tmp_path)
+    assert line == f"dataset.path: own.zip: no such file or folder; {archive} stays in use"
+
+
+def test_a_stale_archive_decides_nothing(tmp_path):
+    """What would be converted anew is not compared with settings that say so."""
+    archive = tmp_path / "datasets/own.zip"
+    archive.parent.mkdir()
+    small = {"name": "own", "source": "digits", "max_images": 40}
+    convert(load(changed(dataset=small)).dataset.model_dump(mode="json"), archive)
+    own = {"name": "own", "source": "folder", "path": str(tmp_path), "color": "grey"}
+    own["resolution"] = 16
+    reference = {"name": "r", "source": "folder", "path": "r", "color": "grey", "resolution": 16}
+    content = changed(
+        dataset=own,
+        grid={"backbone": ["uvit"], "target": ["stf(60)"]},
+        evaluation={"extractor": "pixels", "metrics": ["fd"], "reference": reference},
+    )
+    study = load(content)
     assert plan.check(study, runs(study), tmp_path) == []
 
 

@@ -71,6 +71,8 @@ def test_diverged_run_says_where_and_why(run, tmp_path):
 
 def test_fresh_progress_is_running_and_old_progress_is_stopped(run, tmp_path):
     write_progress(tmp_path)
+    assert status.state_of(run, tmp_path, NOW + 5).state == "stopped"  # nobody has the run
+    (tmp_path / "state" / "lock").touch()
     found = status.state_of(run, tmp_path, NOW + 5)
     assert (found.state, found.stage, found.step, found.left) == ("running", "train", 4, 12.0)
     assert status.state_of(run, tmp_path, NOW + 3600).state == "stopped"

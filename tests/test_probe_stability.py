@@ -297,7 +297,10 @@ def test_outcomes_follow_the_losses_and_beyond_goes_on(scan, monkeypatch):
 
 def test_every_network_of_a_split_run_has_to_train(scan, monkeypatch):
     kind = {"kind": "ddpm", "splits": [0.25]}
-    models = [{"split": 1, "lr": 1e-3, "steps": 7}, {"split": 0, "start": 1, "steps": 60, "warmup": 50}]
+    models = [
+        {"split": 1, "lr": 1e-3, "steps": 7},
+        {"split": 0, "start": 1, "steps": 60, "warmup": 50},
+    ]
     good, bad = [1.0, 0.8, 0.5, 0.4], [2.0, 1.9, 1.9, 1.9]
     seen = fake(monkeypatch, {0.1: good + good, 0.2: good + bad})
     measured = scan(spec(formulation=kind, models=models), lr=(0.1, 0.2), steps=4, warmup=2)

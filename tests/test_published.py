@@ -486,7 +486,11 @@ def test_stable_diffusions_decoder_has_the_known_size():
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [({"x": torch.ones(1)}, "not the decoder"), (None, "no such file"), ("text", "not a file of weights")],
+    [
+        ({"x": torch.ones(1)}, "not the decoder"),
+        (None, "no such file"),
+        ("text", "not a file of weights"),
+    ],
 )
 def test_another_file_is_no_decoder(content, words, tmp_path):
     path = tmp_path / "vae.pth"
