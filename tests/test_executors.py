@@ -88,7 +88,7 @@ def test_overridden_keys_reach_the_jobs_of_an_executor(project, submitted):
     flags = (
         *("--until", "train", "--config"),
         f"grid={json.dumps(TINY)}",
-        "backbones={uvit: {training: {steps: 3}}}",
+        "backbones={uvit: {training: {steps: 3, warmup: 0}}}",
         "training={batch: 8, ema: {rate: 0.5}}",
         'title=it\'s $HOME \\t "quoted"',
     )
@@ -97,7 +97,11 @@ def test_overridden_keys_reach_the_jobs_of_an_executor(project, submitted):
     written = yaml.safe_load((project.folder / "config.yaml").read_text())
     resolved = json.loads((results / "study.json").read_text())["config"]
     assert resolved["title"] == 'it\'s $HOME \\t "quoted"'
-    assert resolved["backbones"]["uvit"]["training"] == {"steps": 3, "lr": 5e-3}
+    assert resolved["backbones"]["uvit"]["training"] == {
+        "steps": 3,
+        "lr": 5e-3,
+        "warmup": 0,
+    }
     assert resolved["training"]["batch"] == 8
     assert resolved["training"]["lr"] == written["training"]["lr"]
     results.rename(results.with_name("by the executor"))
