@@ -418,7 +418,7 @@ def check(
         images, *shape = found["dataset"]
         check_archive(dict(runs), study.dataset.name, images, tuple(shape))
     _check_reference(study, found["dataset"], found.get("reference"))
-    return [*remarks(study), *kept_archives(study, Path(results))]
+    return remarks(study)
 
 
 def _check_notebooks(study: Study, folder: Path) -> None:
@@ -808,5 +808,6 @@ def show(
         *told,
         *missing_files(study, runs, results),
         *changed_sources(study, results),
+        *kept_archives(study, Path(results)),
     ]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -241,12 +241,16 @@ def show(
     from rich.live import Live
     from rich.text import Text
 
-    from study.plan import check, missing_files
+    from study.plan import check, kept_archives, missing_files
 
     check_folder(results)
     study, results = load(config), Path(results)
     found = resolve(study)
-    told = [*check(study, found, results), *missing_files(study, found, results)]
+    told = [
+        *check(study, found, results),
+        *missing_files(study, found, results),
+        *kept_archives(study, results),
+    ]
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)

@@ -283,8 +283,10 @@ def test_a_stage_without_room_says_so_in_one_line(tmp_path):
 
 def test_a_stage_that_may_not_write_says_so_in_one_line(tmp_path):
     (tmp_path / "run").touch()
-    folders = ["--out", tmp_path / "run/train", "--state", tmp_path / "run/state"]
-    command = [sys.executable, "-m", "study", "train", "--spec", "{}", "--data", "none.zip"]
+    folders = ["--run-dir", tmp_path / "run", "--out", tmp_path / "run/generate"]
+    protocol = '{"sampler": {"kind": "edm_heun"}}'
+    command = [sys.executable, "-m", "study", "generate", "--protocol", protocol]
+    command += ["--data", "none.zip"]
     done = subprocess.run(
         [*command, *folders],
         cwd=ROOT,
