@@ -41,8 +41,8 @@ class _Batches:
             raise UserError(f"{where} was refused: {error}") from None
         except Unusable as error:
             raise UserError(f"{where} is not readable ({error.detail})") from None
-        data = content.get(b"data") if isinstance(content, dict) else None
-        labels = content.get(b"labels") if isinstance(content, dict) else None
+        data = content.get("data") if isinstance(content, dict) else None
+        labels = content.get("labels") if isinstance(content, dict) else None
         if (
             not isinstance(data, np.ndarray)
             or data.dtype != np.uint8
