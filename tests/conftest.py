@@ -11,7 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 # Jobs on a shared machine must not fight for cores; numbers must not depend on their number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -81,6 +83,16 @@ class Project:
         finally:
             file.write_bytes(before)
             os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def draw(folder: Path, count: int = 8, seed: int = 0) -> None:
+    """Class folders a and b with ``count`` random images each."""
+    random = np.random.default_rng(seed)
+    for name in "ab":
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = random.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png", compress_level=0)
 
 
 def copy_project(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw
 from PIL import Image
 
 from study import contents, owner
@@ -18,13 +19,7 @@ from study.files import UserError, read_json, sha256, write_json
 
 
 def images(folder: Path, count: int = 3, seed: int = 0) -> Path:
-    """Class folders a and b with ``count`` images each."""
-    random = np.random.default_rng(seed)
-    for name in "ab":
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            pixels = random.integers(0, 255, (8, 8, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png", compress_level=0)
+    draw(folder, count, seed)
     return folder
 
 

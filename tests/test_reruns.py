@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Project, copy_project
+from conftest import Project, copy_project, draw
 from PIL import Image
 
 STAND_IN = """
@@ -75,15 +75,6 @@ OF_RUN = {"generate", "evaluate", "probe_robustness"}
 
 STRICT = ("--max-checksum-file-size", "4000")
 """As if the archive, weights, samples and features were too large for Snakemake to hash."""
-
-
-def draw(folder: Path, count: int = 8, seed: int = 0) -> None:
-    random = np.random.default_rng(seed)
-    for name in "ab":
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            pixels = random.integers(0, 255, (8, 8, 3), np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{number}.png", compress_level=0)
 
 
 class Small(Project):

@@ -354,7 +354,7 @@ def test_stop_leaves_a_checkpoint_and_one_clear_line(project):
     process.wait()
 
 
-STUB = """
+STAND_IN = """
 import sys, time
 from pathlib import Path
 
@@ -364,6 +364,12 @@ for name in arguments:
     name, equals, value = name.partition("=")
     options[name] = value if equals else next(arguments)
 out = Path(options["--out"])
+"""
+"""How a stand-in for the package reads its command line."""
+
+STUB = (
+    STAND_IN
+    + """
 if sys.argv[1] == "train":
     with open("log", "a") as file:
         file.write(f"+ {options['--gpus']}\\n")
@@ -380,6 +386,7 @@ else:
     if sys.argv[1] == "convert":
         Path(f"{out}.json").write_text("{}")
 """
+)
 
 
 @pytest.mark.parametrize(
@@ -406,16 +413,9 @@ def test_no_more_gpu_jobs_at_a_time_than_slots(project, machine, flags, expected
     assert most == expected
 
 
-ONE_FAILS_ANOTHER_IS_STOPPED = """
-import sys
-from pathlib import Path
-
-arguments = iter(sys.argv[2:])
-options = {}
-for name in arguments:
-    name, equals, value = name.partition("=")
-    options[name] = value if equals else next(arguments)
-out = Path(options["--out"])
+ONE_FAILS_ANOTHER_IS_STOPPED = (
+    STAND_IN
+    + """
 out.parent.mkdir(parents=True, exist_ok=True)
 if sys.argv[1] == "train":
     state = Path(options["--state"])
@@ -436,6 +436,7 @@ else:
     Path(f"{out}.json").write_text("{}")
 out.write_text("x")
 """
+)
 
 
 def test_stop_is_no_failure_and_failures_are_counted(project):
