@@ -1,5 +1,8 @@
 # Reads config.yaml and says what the study consists of. The work is in workflow/rules/, the code
 # that it calls in study/ (python -m study <verb>). What a run will cost: study plan.
+include: "workflow/rules/reading.smk"
+
+
 # A file that is given is the whole study: config.yaml is then not read, here or in any job.
 if not workflow.overwrite_configfiles:
 

@@ -573,6 +573,22 @@ def test_a_reference_of_another_shape_is_known_from_the_settings(tmp_path):
         plan.check(study, runs(study), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("encoding", "words"),
+    [
+        ("latin-1", "config.yaml, line 8: not UTF-8; save the file as UTF-8"),
+        ("utf-16", "config.yaml: UTF-16 or UTF-32; save it as UTF-8"),
+    ],
+)
+def test_the_workflow_says_in_one_line_that_it_cannot_read_its_file(encoding, words, project):
+    path = project.folder / "config.yaml"
+    text = path.read_text(encoding="utf-8").replace("title: ", "title: Über ")
+    path.write_text(text, encoding=encoding)
+    done = project.python("-m", "snakemake", "-n", "--cores", "1")
+    assert done.returncode == 2
+    assert done.stderr == f"study: {words}\n"
+
+
 def test_a_missing_weights_file_ends_the_dry_run_with_its_name(project: Project):
     content = changed(evaluation={"extractor": "inception", "weights": "/no/where.pth"})
     path = Path(project.folder / "wrong.yaml")

@@ -3,27 +3,16 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
-
-sys.path.insert(0, str(workflow.basedir))
 
 from snakemake.settings.types import RerunTrigger
 from snakemake.utils import update_config
 from snakemake_interface_executor_plugins.settings import DeploymentMethod, SharedFSUsage
 
 from study import arms, contents, digest, plan, progress
-from study import config as declarations
-from study.files import UserError, canonical_json, writable, write_text
-
-
-def stop_with(message):
-    """End at once, one line per mistake; of an exception Snakemake would print the stack too."""
-    for line in str(message).splitlines():
-        print(f"study: {line}", file=sys.stderr)
-    sys.exit(2)
+from study.files import canonical_json, writable, write_text
 
 
 def archive_of(dataset):
@@ -31,10 +20,6 @@ def archive_of(dataset):
 
 
 try:
-    # Snakemake has read these files already, but passes over keys that are given twice.
-    for path in map(Path, workflow.configfiles if workflow.is_main_process else ()):
-        inside = path.is_relative_to(Path.cwd())
-        declarations.read(path.relative_to(Path.cwd()) if inside else path)
     # --config key=value: inside of a value Snakemake reads numbers as text.
     for text in workflow.config_settings.config_args or ():
         update_config(config, declarations.override(text))
