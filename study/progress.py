@@ -82,7 +82,9 @@ class Job:
 
     def submit(self, now: float) -> None:
         """It is handed over, for the first time or again."""
-        self.submitted, self.since, self.started = True, now, None
+        self.submitted, self.since = True, now
+        # Also if a job of a killed workflow has just written its outputs: it is made again.
+        self.started = self.finished = None
 
     def begun(self) -> bool:
         """Whether its log has appeared since it was handed over."""
@@ -148,7 +150,7 @@ class Progress:
                 continue
             if job.started is None and job.begun():
                 job.started = now
-            job.finished = _fresh(job.output, self.begun)
+            job.finished = _fresh(job.output, job.since)
             if job.finished is not None and job.started is None:
                 job.started = job.finished
 

@@ -60,7 +60,12 @@ class Project:
         """The jobs that a dry run lists, by rule."""
         done = self.snakemake("-n", "--cores", "2", *flags)
         assert done.returncode == 0, done.stdout + done.stderr
-        text = done.stdout + done.stderr
+        return self.jobs(done)
+
+    @staticmethod
+    def jobs(listed: subprocess.CompletedProcess) -> dict[str, int]:
+        """How many jobs of each rule a dry run has listed."""
+        text = listed.stdout + listed.stderr
         if "Nothing to be done" in text:
             return {}
         table = re.search(r"^Job stats:\n.*?\n-+ +-+\n(.*?)^total ", text, re.MULTILINE | re.DOTALL)

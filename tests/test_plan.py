@@ -436,6 +436,21 @@ def test_line_of_a_cluster_says_what_is_known_and_guesses_nothing(tmp_path):
     assert "(1 running, 1 queued)" in watched.line(NOW + 31)
 
 
+def test_a_job_that_an_orphan_ends_first_is_made_again(tmp_path):
+    """A job of a killed workflow writes its outputs before the new one hands the job over."""
+    one = job(tmp_path, "train", 0)
+    watched = progress.Progress(tmp_path, [one], {"train": 1}, 1, NOW)
+    touch(one.output, NOW + 1)
+    watched.look(NOW + 2)
+    assert "train 1/1" in watched.line(NOW + 2)
+    one.submit(NOW + 3)
+    watched.look(NOW + 4)
+    assert "train 0/1" in watched.line(NOW + 4)
+    touch(one.output, NOW + 9)
+    watched.look(NOW + 10)
+    assert "train 1/1" in watched.line(NOW + 10)
+
+
 def test_work_that_a_run_has_kept(tmp_path):
     assert progress.kept(tmp_path) == 0
     (tmp_path / "state/generate").mkdir(parents=True)

@@ -263,8 +263,11 @@ import os, sys, time
 from study import processes
 processes.join()
 rank = processes.place().rank
-what = sys.argv[1 + rank]
+spoken, what = sys.argv[1], sys.argv[2 + rank]
+while rank and not os.path.exists(spoken):
+    time.sleep(0.01)
 print(f"{rank} speaks", file=sys.stderr, flush=True)
+open(spoken, "a").close()
 if what == "stays":
     time.sleep(600)
 if what == "killed":
@@ -292,7 +295,7 @@ def test_processes_end_together_and_speak_once(tmp_path, ends, status, said):
         "import sys; from study import processes; processes.AFTER = 3.0\n"
         "sys.exit(processes.launch([sys.executable, '-c', *sys.argv[1:]], 2))"
     )
-    done = finish([sys.executable, "-c", program, RANK, *ends])
+    done = finish([sys.executable, "-c", program, RANK, str(tmp_path / "spoken"), *ends])
     assert done.returncode == status
     lines = done.stderr.splitlines()
     assert [line[: len(start)] for line, start in zip(lines, said, strict=True)] == said

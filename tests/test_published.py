@@ -170,8 +170,13 @@ def test_split_models_train_in_the_published_order():
 
 
 @pytest.mark.parametrize("name", ["scalelong-cifar10", "udit-b-guided"])
-def test_dry_run_needs_no_data(name, project):
-    done = Project(project.folder, f"workflow/studies/published/{name}.yaml").todo()
+def test_dry_run_lists_every_job_and_names_data_that_is_not_there(name, project):
+    published = Project(project.folder, f"workflow/studies/published/{name}.yaml")
+    listed = published.snakemake("-n", "--cores", "2")
+    done = published.jobs(listed)
+    path = load(FILES[name]).dataset.path
+    last = listed.stderr.splitlines()[-1]
+    assert (listed.returncode, last) == (2, f"study: dataset.path: {path}: no such file or folder")
     assert done["train"] == len(runs(load(FILES[name])))
     assert done.get("convert_reference", 0) == (load(FILES[name]).evaluation.reference is not None)
 
