@@ -181,6 +181,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path, data):
         run(tmp_path, data, spec())
 
 
+@pytest.mark.parametrize("part", ["model", "watch", "step"])
+def test_a_checkpoint_without_one_of_its_parts_is_named(tmp_path, data, part):
+    run(tmp_path, data, spec(), "a")
+    path = tmp_path / "a/state" / checkpoint.NAME
+    state = torch.load(path, weights_only=True)
+    del state[part]
+    torch.save(state, path)
+    with pytest.raises(UserError, match=r"not a whole checkpoint .* move it away to start anew"):
+        run(tmp_path, data, spec(), "a")
+    path.rename(path.with_suffix(".away"))
+    assert run(tmp_path, data, spec(), "a")["step"] == 6
+
+
 @pytest.mark.parametrize("size", [1, 3])
 def test_micro_batches_give_the_same_numbers_within_rounding(tmp_path, data, size):
     run(tmp_path, data, spec(), "a")

@@ -215,8 +215,8 @@ class _Page:
                 )
             else:
                 answer.append(
-                    f"None of the {len(rows)} arms could be tested against the unscaled DSM arm: "
-                    "a test needs at least two seeds. Differences below are shown, not claimed."
+                    f"Tested against the unscaled DSM arm: 0 of {count(len(rows), 'arm')}, for a "
+                    "test needs at least two seeds. Differences below are shown, not claimed."
                 )
         broken = runs[(runs["status"] == "done") & runs["generation"].isin(["diverged", "skipped"])]
         if len(broken):

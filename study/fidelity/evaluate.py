@@ -191,7 +191,7 @@ def _possible(name: str, score: Score) -> Score:
     if score.value is None:
         return score
     if not np.isfinite(score.value):
-        return Score(None, note="not finite")
+        return Score(None, note=f"{score.value} came out of finite features")
     low, high = POSSIBLE[name]
     if not low <= score.value <= high:
         return Score(None, note=f"{score.value:.6g} came out, outside of [{low:g}, {high:g}]")

@@ -308,6 +308,17 @@ class Trainer:
             state = checkpoint.load(self.folder, identity)
         if state is None:
             return
+        try:
+            self._restore(state)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.folder / checkpoint.NAME}: not a whole checkpoint of this training "
+                f"({type(error).__name__}); move it away to start anew"
+            ) from error
+        if self.accelerator.is_main_process:
+            print(f"resumed at step {self.step} of {self.steps}", flush=True)
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.step, self.seconds = state["step"], state["seconds"]
         self.backbone.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
@@ -318,8 +329,6 @@ class Trainer:
         self.dynamics.columns, self.timing.columns = state["dynamics"], state["timing"]
         self.losses = state["losses"]
         self.by_noise.sums, self.by_noise.counts = state["by_noise"]
-        if self.accelerator.is_main_process:
-            print(f"resumed at step {self.step} of {self.steps}", flush=True)
 
     # --- one step ----------------------------------------------------------------------------
 
