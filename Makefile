@@ -30,7 +30,7 @@ plan status: $(VENV)/.installed
 	$(BIN)/study $@ --config "$(STUDY)"
 
 test: style
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
