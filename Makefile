@@ -30,7 +30,8 @@ plan status: $(VENV)/.installed
 	$(BIN)/study $@ --config "$(STUDY)"
 
 test: style
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -113,6 +113,15 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
+LONGEST = ("workflow", "reruns", "executors", "processes", "slurm", "analysis", "fidelity")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that the last of several workers is not left with one."""
+    first = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: first.get(item.path.stem, len(first)))
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Project:
     """A copy of the project without any results."""
