@@ -483,7 +483,7 @@ def parity(
     """Compare this package with recorded outputs of the official implementations."""
     # The order of sums that MKL has on every processor: what is compared is the arithmetic.
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-    from study.parity import show, show_kinds
+    from study.parity.show import show, show_kinds
 
     if kinds:
         show_kinds()

@@ -1,23 +1,15 @@
 """The token backbones: U-ViT (with ScaleLong's options) and U-DiT."""
 
 import copy
-import json
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from study.backbones import FAMILIES, build
 from study.backbones.udit import RepFFN, UDiT, rotary_table, rotate
 from study.backbones.uvit import UViT
 from study.files import UserError
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-KINDS = {"uvit": "uvit", "scalelong": "uvit", "udit": "udit"}
-CASES = [path for kind in KINDS for path in sorted(PARITY.glob(f"{kind}-*.json"))]
 
 FAMILY = ("uvit", "udit")
 PLAIN = {"method": "none"}
@@ -58,23 +50,6 @@ def count(network):
 
 
 # --- The official implementations --------------------------------------------------------------
-
-
-@pytest.mark.skipif(not CASES, reason=f"no golden cases in {PARITY}")
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden_case(path):
-    case = json.loads(path.read_text())
-    tensors = load_file(path.with_suffix(".safetensors"))
-    module = import_module(f"study.backbones.{KINDS[path.stem.partition('-')[0]]}")
-    outputs = module.run_parity_case(case, tensors)
-    expected = {name: tensor for name, tensor in tensors.items() if name.startswith("out/")}
-    assert set(outputs) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(outputs[name].float(), tensor, **bounds(case), msg=name)
-
-
-def bounds(case):
-    return {key: case["tolerance"][key] for key in ("rtol", "atol")}
 
 
 @pytest.mark.parametrize(

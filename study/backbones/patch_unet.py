@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones import options as models
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 GROUPS = 32
@@ -545,21 +544,3 @@ def _heads(width: int, heads: int, head_width: int) -> int:
     if head_width < 1 or width % head_width:
         raise ValueError(f"num_head_channels {head_width} does not divide the width {width}")
     return width // head_width
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every ``out/...`` of a golden Patched U-Net case, computed by this network.
-
-    ``case`` is the case's JSON, ``tensors`` its tensors. The scalar that is differentiated is
-    sum(prediction * cotangent).
-    """
-    network = PatchUNet.from_official(**case["constructor"])
-    same_side(case, "image_size", tensors)
-    if case["constructor"].get("use_fp16"):
-        raise ValueError("use_fp16 must be false: the cases are compared in float32")
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-    noise = tensors["in/t"]
-    outputs = replay(network, case, tensors, lambda x: network(x, noise, label), "out/pred")
-    if "out/null_label" in tensors:
-        outputs["out/null_label"] = torch.full_like(tensors["out/null_label"], network.num_classes)
-    return outputs

@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones import options as models
 from study.backbones.base import Backbone, attention
-from study.backbones.golden import replay
 from study.skips import LongSkips, SkipShape
 
 HALF = math.sqrt(0.5)
@@ -517,29 +516,3 @@ class SongUNet(Backbone):
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
-
-
-def check_filters(network: SongUNet, weights: dict[str, Tensor]) -> None:
-    """Raise ``ValueError`` where weights hold other resampling filters than the network has."""
-    for name, ours in network.state_dict().items():
-        if name.endswith("resample_filter") and not torch.allclose(ours, weights.get(name, ours)):
-            raise ValueError(f"resample_filter: the weights have another one in {name}")
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every ``out/...`` of a golden SongUNet case, computed by this network.
-
-    ``case`` is the case's JSON, ``tensors`` its tensors. The scalar that is differentiated is
-    sum(F * cotangent).
-    """
-    network = SongUNet.from_official(**case["constructor"])
-    prefix = "weights/"
-    check_filters(network, {k.removeprefix(prefix): v for k, v in tensors.items()})
-    noise = tensors["in/noise_labels"]
-    label = tensors.get("in/class_labels")
-    augment = tensors.get("in/augment_labels")
-    outputs = replay(network, case, tensors, lambda x: network(x, noise, label, augment), "out/F")
-    if "out/F_without_augment_labels" in tensors:
-        with torch.no_grad():
-            outputs["out/F_without_augment_labels"] = network(tensors["in/x"], noise, label)
-    return outputs

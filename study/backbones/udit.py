@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 FREQUENCIES = 256
@@ -671,37 +670,3 @@ class UDiT(Backbone):
 
     def decoder_blocks(self) -> list[nn.Module]:
         return [self.reduce_chan_level1, self.reduce_chan_level2]
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of ours for a golden case of kind udit or udit-alt.
-
-    ``case`` is the JSON, ``tensors`` the safetensors file. Returns the ``out/...`` tensors that
-    the case stores. Activations and gradients belong to the training-mode pass, ``out/pred`` and
-    ``out/pred_cfg`` to the merged evaluation form.
-    """
-    network = UDiT.from_official(**case["constructor"])
-    same_side(case, "input_size", tensors)
-    scale = case.get("cfg_scale")
-    if (scale is None) != ("in/cfg_y" not in tensors):
-        raise ValueError("cfg_scale and in/cfg_y go together")
-    noise = tensors["in/t"]
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-    drops = [tensors.get(f"in/label_drop_uniform_{k}") for k in (1, 2, 3)]
-    uniform = None if any(drop is None for drop in drops) else drops
-
-    def forward(x: Tensor) -> Tensor:
-        return network(x, noise, label, label_drop_uniform=uniform)
-
-    outputs = replay(network, case, tensors, forward, "out/pred_train")
-    merged = network.merged()
-    with torch.no_grad():
-        outputs["out/pred"] = merged(tensors["in/x"], noise, label)
-        if "in/cfg_y" in tensors:
-            outputs["out/pred_cfg"] = merged.forward_with_cfg(
-                tensors["in/x"],
-                tensors["in/cfg_t"],
-                tensors["in/cfg_y"].long(),
-                scale,
-            )
-    return {name: tensor for name, tensor in outputs.items() if name in tensors}

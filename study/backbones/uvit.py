@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay
 from study.skips import LongSkips, SkipShape
 
 
@@ -336,21 +335,3 @@ class UViT(Backbone):
 
     def decoder_blocks(self) -> list[nn.Module]:
         return list(self.out_blocks)[::-1] if len(self.long_skips) else []
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of ours for a golden case of kind uvit, uvit-noskip, uvit-t2i or scalelong-*.
-
-    ``case`` is the JSON, ``tensors`` the safetensors file. Returns the ``out/...`` tensors that
-    the case stores.
-    """
-    network = UViT.from_official(**case["constructor"])
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-
-    def forward(x: Tensor) -> Tensor:
-        return network(x, tensors["in/timesteps"], label, context=tensors.get("in/context"))
-
-    outputs = replay(network, case, tensors, forward, "out/pred")
-    if network.labels:
-        outputs["out/null_label"] = torch.full((len(tensors["in/x"]),), network.labels - 1)
-    return {name: tensor for name, tensor in outputs.items() if name in tensors}

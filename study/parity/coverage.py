@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from study.parity import Damaged, Verdict, kind_of, read
+from study.parity.case import Damaged, kind_of, read
+from study.parity.judge import Verdict
 
 
 @dataclass(frozen=True)
