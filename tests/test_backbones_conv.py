@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from study.backbones import FAMILIES, build
-from study.backbones.patch_unet import PatchUNet, from_patches, position_code, to_patches
-from study.backbones.songunet import SongUNet
+from study.backbones.patch_unet import from_patches, position_code, to_patches
 from study.files import UserError
+from study.parity import official
 
 TINY = ("ddpmpp", "ncsnpp", "patch_unet")
 PLAIN = {"method": "none"}
@@ -51,7 +51,7 @@ def song(**changes):
         "attn_resolutions": [4],
         "dropout": 0.0,
     }
-    return SongUNet.from_official(**(arguments | changes))
+    return official.songunet(**(arguments | changes))
 
 
 def patched(**changes):
@@ -66,7 +66,7 @@ def patched(**changes):
         "channel_mult": [1, 2],
         "use_scale_shift_norm": True,
     }
-    return PatchUNet.from_official(**(arguments | changes))
+    return official.patch_unet(**(arguments | changes))
 
 
 def batch(network, count=3, side=8):
@@ -571,6 +571,6 @@ def test_patched_refuses(changes, error, message):
 
 def test_patched_refuses_missing_arguments_and_augmentation_labels():
     with pytest.raises(TypeError, match="model_channels"):
-        PatchUNet.from_official(image_size=8, in_channels=3)
+        official.patch_unet(image_size=8, in_channels=3)
     with pytest.raises(UserError, match="augmentation labels"):
         tiny("patch_unet", augment_dim=9)

@@ -208,35 +208,6 @@ class Stage(nn.Sequential):
         return x
 
 
-OFFICIAL: dict[str, Any] = {
-    "patch_size": 4,
-    "classifier_free": True,
-    "dropout": 0.0,
-    "channel_mult": (1, 2, 4, 8),
-    "conv_resample": True,
-    "dims": 2,
-    "num_classes": None,
-    "use_checkpoint": False,
-    "use_fp16": False,
-    "num_heads": 1,
-    "num_head_channels": -1,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-}
-"""Defaults of the official constructor; its first six arguments have none."""
-
-REQUIRED = {
-    "image_size",
-    "in_channels",
-    "model_channels",
-    "out_channels",
-    "num_res_blocks",
-    "attention_resolutions",
-}
-
-
 class PatchUNet(Backbone):
     """Patched U-Net.
 
@@ -460,34 +431,6 @@ class PatchUNet(Backbone):
             scaling=scaling,
             attention=attention,
             checkpointing=checkpointing,
-            **given,
-        )
-
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "PatchUNet":
-        """Build from the official constructor's arguments, with its defaults.
-
-        ``attention_resolutions`` are downsampling rates here. ``use_fp16`` is accepted without
-        effect (half precision is autocast's business). ``use_scale_shift_norm`` must be true and
-        ``dims`` 2: the official network cannot run otherwise (its default for the former is
-        false). Raises ``TypeError`` for an unknown or a missing argument.
-        """
-        unknown = sorted(set(constructor) - REQUIRED - set(OFFICIAL))
-        missing = sorted(REQUIRED - set(constructor))
-        if unknown:
-            raise TypeError(f"the Patched U-Net has no argument {', '.join(unknown)}")
-        if missing:
-            raise TypeError(f"the Patched U-Net needs the argument {', '.join(missing)}")
-        given = OFFICIAL | constructor
-        if not given.pop("use_scale_shift_norm"):
-            raise ValueError("use_scale_shift_norm must be true: the network has no other form")
-        if given.pop("dims") != 2:
-            raise ValueError("dims must be 2: images only")
-        given.pop("use_fp16")
-        return cls(
-            attention_rates=given.pop("attention_resolutions"),
-            checkpointing=given.pop("use_checkpoint"),
-            num_classes=given.pop("num_classes") or 0,
             **given,
         )
 

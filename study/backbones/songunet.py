@@ -214,25 +214,6 @@ class Fourier(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-OFFICIAL: dict[str, Any] = {
-    "label_dim": 0,
-    "augment_dim": 0,
-    "model_channels": 128,
-    "channel_mult": (1, 2, 2, 2),
-    "channel_mult_emb": 4,
-    "num_blocks": 4,
-    "attn_resolutions": (16,),
-    "dropout": 0.1,
-    "label_dropout": 0.0,
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": (1, 1),
-}
-"""Defaults of the official constructor; img_resolution, in_channels, out_channels have none."""
-
-
 class SongUNet(Backbone):
     """DDPM++ (``positional``, ``standard``) and NCSN++ (``fourier``, ``residual``).
 
@@ -409,18 +390,6 @@ class SongUNet(Backbone):
             checkpointing=checkpointing,
             **models.SongUNet(**options).model_dump(),
         )
-
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "SongUNet":
-        """Build from the official constructor's arguments, with its defaults (dropout 0.1).
-
-        All of them have an effect. Raises ``TypeError`` for an unknown or a missing one.
-        """
-        known = {"img_resolution", "in_channels", "out_channels", *OFFICIAL}
-        unknown = sorted(set(constructor) - known)
-        if unknown:
-            raise TypeError(f"SongUNet has no argument {', '.join(unknown)}")
-        return cls(**(OFFICIAL | constructor))
 
     def blocks(self) -> dict[str, nn.Module]:
         return {

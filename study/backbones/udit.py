@@ -22,10 +22,6 @@ FREQUENCIES = 256
 MAX_LOGIT_SCALE = 4.6052
 """Upper bound of the cosine attention's log scale, about ln 100."""
 
-GUIDED_CHANNELS = 3
-"""Guidance acts on the first three channels only, as officially: the fourth latent channel and the
-variance channels are left out."""
-
 
 class PointwiseConv(nn.Conv2d):
     """1x1 convolution of maps [B, C, H, W], computed as a linear layer over channels.
@@ -395,7 +391,6 @@ class UDiT(Backbone):
             raise ValueError(f"downsampler {downsampler!r} must be dwconv and an odd digit")
         self.factors = factors
         self.resolution = resolution
-        self.guided_channels = min(GUIDED_CHANNELS, channels)
         self.num_heads = num_heads
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob if num_classes else 0.0
@@ -513,49 +508,6 @@ class UDiT(Backbone):
             checkpointing=checkpointing,
         )
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "UDiT":
-        """Build from the arguments of the official class ``U_DiT``, with its defaults.
-
-        ``input_size`` only checks that the grid can be halved and split: the network runs on any
-        grid that can. ``learn_sigma`` doubles the output channels. Raises ``ValueError`` for
-        unknown arguments.
-        """
-        known = {
-            "input_size": 32,
-            "down_factor": 2,
-            "in_channels": 4,
-            "hidden_size": 1152,
-            "depth": (2, 5, 8, 5, 2),
-            "num_heads": 16,
-            "mlp_ratio": 4,
-            "class_dropout_prob": 0.1,
-            "num_classes": 1000,
-            "learn_sigma": True,
-            "rep": 1,
-            "ffn_type": "rep",
-            "attn_type": None,
-            "posemb_type": None,
-            "downsampler": None,
-            "down_shortcut": False,
-        }
-        unknown = sorted(set(constructor) - set(known))
-        if unknown:
-            raise ValueError(f"unknown U-DiT arguments: {', '.join(unknown)}")
-        given = {**known, **constructor}
-        if given["num_classes"] < 1:
-            raise ValueError("the official U-DiT needs num_classes of at least 1")
-        channels = given.pop("in_channels")
-        network = cls(
-            resolution=given.pop("input_size"),
-            channels=channels,
-            out_channels=channels * (2 if given.pop("learn_sigma") else 1),
-            scaling={"method": "none"},
-            **given,
-        )
-        network.guided_channels = GUIDED_CHANNELS
-        return network
-
     def forward(
         self,
         x: Tensor,
@@ -582,21 +534,6 @@ class UDiT(Backbone):
         h = self.reduce_chan_level1(self.long_skips.fuse(1, self.up2_1(h), skip1))
         h = self._level(self.decoder_level_1, 4, h, c2)
         return self.final_layer(self.output(h), c2).float()
-
-    def forward_with_cfg(self, x: Tensor, noise: Tensor, label: Tensor, cfg_scale: float) -> Tensor:
-        """Guided output [2 N, C_out, H, W] for labels [conditional, null].
-
-        The first half of ``x`` is used for both halves. Guidance null + s (conditional - null)
-        acts on the first three channels and both halves get its result; the other channels stay
-        as each half's own pass gave them. Images of fewer channels have fewer guided ones (not in
-        a ``from_official`` network, where the three may then include variance channels).
-        """
-        half = x[: len(x) // 2]
-        output = self(torch.cat([half, half]), noise, label)
-        guided = self.guided_channels
-        conditional, null = output[:, :guided].chunk(2)
-        mixed = null + cfg_scale * (conditional - null)
-        return torch.cat([torch.cat([mixed, mixed]), output[:, guided:]], dim=1)
 
     @torch.no_grad()
     def merged(self) -> "UDiT":

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from study.backbones.songunet import SongUNet
 from study.diffusion import formulation
 from study.diffusion.augmentation import DRAWS, Augmentation, Draws
 from study.diffusion.base import Loss, column
@@ -20,6 +19,7 @@ from study.diffusion.options import OPTIONS, AugmentationOptions
 from study.diffusion.samplers import sampler
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.stf import StableTarget, reference_batch
+from study.parity import official
 from study.parity.case import Case, Tensors, expect
 from study.parity.mixture import Mixture
 from study.parity.networks import check_filters, weights_of
@@ -142,7 +142,7 @@ def precond(kind: str, case: Case, tensors: Tensors) -> Tensors:
         if name in inner and given.pop(key) != inner[name]:
             raise ValueError(f"{key} is not that of the inner network")
     expect(given, use_fp16=False, model_type="SongUNet")
-    network = SongUNet.from_official(**inner)
+    network = official.songunet(**inner)
     weights = weights_of(tensors, "weights/model.")
     check_filters(network, weights)
     network.load_state_dict(weights)

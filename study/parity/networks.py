@@ -6,10 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from study.backbones.patch_unet import PatchUNet
 from study.backbones.songunet import SongUNet
-from study.backbones.udit import UDiT
-from study.backbones.uvit import UViT
+from study.parity import official
 from study.parity.case import Case, Tensors
 
 
@@ -77,7 +75,7 @@ def _norm(gradient: Tensor | None) -> Tensor:
 
 def uvit(case: Case, tensors: Tensors) -> Tensors:
     """U-ViT and ScaleLong."""
-    network = UViT.from_official(**case["constructor"])
+    network = official.uvit(**case["constructor"])
     label = tensors["in/y"].long() if "in/y" in tensors else None
 
     def forward(x: Tensor) -> Tensor:
@@ -89,9 +87,13 @@ def uvit(case: Case, tensors: Tensors) -> Tensors:
     return outputs
 
 
+GUIDED = 3
+"""U-DiT's official guidance acts on the first three channels only, whatever they are."""
+
+
 def udit(case: Case, tensors: Tensors) -> Tensors:
     """U-DiT: activations and gradients in training, predictions in the merged form."""
-    network = UDiT.from_official(**case["constructor"])
+    network = official.udit(**case["constructor"])
     same_side(case, "input_size", tensors)
     scale = case.get("cfg_scale")
     if (scale is None) != ("in/cfg_y" not in tensors):
@@ -109,18 +111,17 @@ def udit(case: Case, tensors: Tensors) -> Tensors:
     with torch.no_grad():
         outputs["out/pred"] = merged(tensors["in/x"], noise, label)
         if "in/cfg_y" in tensors:
-            outputs["out/pred_cfg"] = merged.forward_with_cfg(
-                tensors["in/x"],
-                tensors["in/cfg_t"],
-                tensors["in/cfg_y"].long(),
-                scale,
-            )
+            half = tensors["in/x"][: len(tensors["in/x"]) // 2]
+            both = merged(half.repeat(2, 1, 1, 1), tensors["in/cfg_t"], tensors["in/cfg_y"].long())
+            conditional, null = both[:, :GUIDED].chunk(2)
+            mixed = (null + scale * (conditional - null)).repeat(2, 1, 1, 1)
+            outputs["out/pred_cfg"] = torch.cat([mixed, both[:, GUIDED:]], 1)
     return outputs
 
 
 def patch_unet(case: Case, tensors: Tensors) -> Tensors:
     """The Patched U-Net."""
-    network = PatchUNet.from_official(**case["constructor"])
+    network = official.patch_unet(**case["constructor"])
     same_side(case, "image_size", tensors)
     if case["constructor"].get("use_fp16"):
         raise ValueError("use_fp16 must be false: the cases are compared in float32")
@@ -141,7 +142,7 @@ def check_filters(network: SongUNet, weights: Tensors) -> None:
 
 def songunet(case: Case, tensors: Tensors) -> Tensors:
     """DDPM++ and NCSN++."""
-    network = SongUNet.from_official(**case["constructor"])
+    network = official.songunet(**case["constructor"])
     check_filters(network, weights_of(tensors))
     noise = tensors["in/noise_labels"]
     label = tensors.get("in/class_labels")
