@@ -481,9 +481,11 @@ def parity(
     ] = None,
 ) -> None:
     """Compare this package with recorded outputs of the official implementations."""
-    # The order of sums that MKL has on every processor: what is compared is the arithmetic.
+    # The order of sums of one thread, and that which MKL has on every processor: what is compared
+    # is the arithmetic.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("MKL_CBWR", "COMPATIBLE")
-    from study.parity import show, show_kinds
+    from study.parity.show import show, show_kinds
 
     if kinds:
         show_kinds()

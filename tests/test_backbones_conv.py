@@ -1,22 +1,13 @@
 """The convolutional backbones: SongUNet (ddpmpp, ncsnpp) and the Patched U-Net."""
 
-import json
-from importlib import import_module
-from pathlib import Path
-
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from study.backbones import FAMILIES, build
-from study.backbones.patch_unet import PatchUNet, from_patches, position_code, to_patches
-from study.backbones.songunet import SongUNet
+from study.backbones.patch_unet import from_patches, position_code, to_patches
 from study.files import UserError
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-KINDS = {"ddpmpp": "songunet", "ncsnpp": "songunet", "adm": "patch_unet"}
-CASES = [path for kind in KINDS for path in sorted(PARITY.glob(f"{kind}-*.json"))]
+from study.parity import official
 
 TINY = ("ddpmpp", "ncsnpp", "patch_unet")
 PLAIN = {"method": "none"}
@@ -60,7 +51,7 @@ def song(**changes):
         "attn_resolutions": [4],
         "dropout": 0.0,
     }
-    return SongUNet.from_official(**(arguments | changes))
+    return official.songunet(**(arguments | changes))
 
 
 def patched(**changes):
@@ -75,7 +66,7 @@ def patched(**changes):
         "channel_mult": [1, 2],
         "use_scale_shift_norm": True,
     }
-    return PatchUNet.from_official(**(arguments | changes))
+    return official.patch_unet(**(arguments | changes))
 
 
 def batch(network, count=3, side=8):
@@ -84,25 +75,6 @@ def batch(network, count=3, side=8):
 
 
 # --- Equality with the official implementations ------------------------------------------------
-
-
-@pytest.mark.skipif(not CASES, reason=f"no golden cases in {PARITY}")
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden_case(path):
-    case = json.loads(path.read_text())
-    tensors = load_file(path.with_suffix(".safetensors"))
-    module = import_module(f"study.backbones.{KINDS[path.stem.rsplit('-', 1)[0].split('-')[0]]}")
-    outputs = module.run_parity_case(case, tensors)
-    expected = {name: tensor for name, tensor in tensors.items() if name.startswith("out/")}
-    assert outputs.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(
-            outputs[name],
-            tensor,
-            rtol=case["tolerance"]["rtol"],
-            atol=case["tolerance"]["atol"],
-            msg=lambda text, name=name: f"{name}: {text}",
-        )
 
 
 @pytest.mark.parametrize(
@@ -599,6 +571,6 @@ def test_patched_refuses(changes, error, message):
 
 def test_patched_refuses_missing_arguments_and_augmentation_labels():
     with pytest.raises(TypeError, match="model_channels"):
-        PatchUNet.from_official(image_size=8, in_channels=3)
+        official.patch_unet(image_size=8, in_channels=3)
     with pytest.raises(UserError, match="augmentation labels"):
         tiny("patch_unet", augment_dim=9)

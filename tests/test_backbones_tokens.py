@@ -1,23 +1,15 @@
 """The token backbones: U-ViT (with ScaleLong's options) and U-DiT."""
 
 import copy
-import json
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional
 
 from study.backbones import FAMILIES, build
-from study.backbones.udit import RepFFN, UDiT, rotary_table, rotate
-from study.backbones.uvit import UViT
+from study.backbones.udit import RepFFN, rotary_table, rotate
 from study.files import UserError
-
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-KINDS = {"uvit": "uvit", "scalelong": "uvit", "udit": "udit"}
-CASES = [path for kind in KINDS for path in sorted(PARITY.glob(f"{kind}-*.json"))]
+from study.parity import official
 
 FAMILY = ("uvit", "udit")
 PLAIN = {"method": "none"}
@@ -60,23 +52,6 @@ def count(network):
 # --- The official implementations --------------------------------------------------------------
 
 
-@pytest.mark.skipif(not CASES, reason=f"no golden cases in {PARITY}")
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden_case(path):
-    case = json.loads(path.read_text())
-    tensors = load_file(path.with_suffix(".safetensors"))
-    module = import_module(f"study.backbones.{KINDS[path.stem.partition('-')[0]]}")
-    outputs = module.run_parity_case(case, tensors)
-    expected = {name: tensor for name, tensor in tensors.items() if name.startswith("out/")}
-    assert set(outputs) == set(expected)
-    for name, tensor in expected.items():
-        torch.testing.assert_close(outputs[name].float(), tensor, **bounds(case), msg=name)
-
-
-def bounds(case):
-    return {key: case["tolerance"][key] for key in ("rtol", "atol")}
-
-
 @pytest.mark.parametrize(
     ("family", "name", "resolution", "channels", "out_channels", "classes", "parameters"),
     [
@@ -115,7 +90,7 @@ def test_published_parameter_counts(
 )
 def test_scalelong_parameter_counts(code, parameters):
     with torch.device("meta"):
-        network = UViT.from_official(
+        network = official.uvit(
             img_size=32, patch_size=2, embed_dim=512, num_heads=8, scalelong=code, kappa=0.5
         )
     assert count(network) == parameters
@@ -130,7 +105,7 @@ def test_ours_for_cifar10_is_about_as_large_as_the_u_vit():
 def test_official_scalelong_codes():
     arguments = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 6, "num_heads": 2}
     factors = {
-        code: UViT.from_official(**arguments, scalelong=code, kappa=0.5).long_skips.factors
+        code: official.uvit(**arguments, scalelong=code, kappa=0.5).long_skips.factors
         for code in range(5)
     }
     assert factors[0] == [1.0, 1.0, 1.0]
@@ -143,9 +118,9 @@ def test_official_scalelong_codes():
 def test_official_arguments_without_effect_are_accepted():
     arguments = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
     torch.manual_seed(3)
-    plain = UViT.from_official(**arguments)
+    plain = official.uvit(**arguments)
     torch.manual_seed(3)
-    other = UViT.from_official(
+    other = official.uvit(
         **arguments, qk_scale=7.0, norm_layer="torch.nn.LayerNorm", use_checkpoint=True
     )
     x, noise = batch(channels=3)
@@ -155,18 +130,18 @@ def test_official_arguments_without_effect_are_accepted():
 @pytest.mark.parametrize(
     ("network", "arguments", "message"),
     [
-        (UViT, {"depht": 4}, "depht"),
-        (UViT, {"norm_layer": "torch.nn.GroupNorm"}, "LayerNorm"),
-        (UViT, {"scalelong": 5}, "scalelong"),
-        (UViT, {"scalelong": 3, "skip": False}, "skip is false"),
-        (UDiT, {"image_size": 32}, "image_size"),
-        (UDiT, {"downsampler": None}, "dwconv"),
-        (UDiT, {"downsampler": "dwconv5", "ffn_type": "moe"}, "ffn_type"),
+        (official.uvit, {"depht": 4}, "depht"),
+        (official.uvit, {"norm_layer": "torch.nn.GroupNorm"}, "LayerNorm"),
+        (official.uvit, {"scalelong": 5}, "scalelong"),
+        (official.uvit, {"scalelong": 3, "skip": False}, "skip is false"),
+        (official.udit, {"image_size": 32}, "image_size"),
+        (official.udit, {"downsampler": None}, "dwconv"),
+        (official.udit, {"downsampler": "dwconv5", "ffn_type": "moe"}, "ffn_type"),
     ],
 )
 def test_official_mistakes_are_named(network, arguments, message):
     with torch.device("meta"), pytest.raises(ValueError, match=message):
-        network.from_official(**arguments)
+        network(**arguments)
 
 
 # --- Both families -----------------------------------------------------------------------------
@@ -485,22 +460,6 @@ def test_label_drops_are_independent_per_embedder():
     seen.clear()
     network.train()(x, noise, label)
     assert seen == [[1, 2, 3]] * 3, "no draws, no drops"
-
-
-@pytest.mark.parametrize("channels", [1, 4])
-def test_guidance_acts_on_the_first_three_image_channels(channels):
-    network = awake(tiny("udit", channels=channels, out_channels=2 * channels, num_classes=10))
-    x = torch.randn(4, channels, 8, 8)
-    noise = torch.tensor([10.0, 20.0, 10.0, 20.0])
-    label = torch.tensor([3, 7, 10, 10])
-    output = network.forward_with_cfg(x, noise, label, 1.5)
-    conditional = network(x[:2], noise[:2], label[:2])
-    null = network(x[:2], noise[:2], label[2:])
-    guided = null + 1.5 * (conditional - null)
-    first = min(3, channels)
-    for half, own in ((output[:2], conditional), (output[2:], null)):
-        torch.testing.assert_close(half[:, :first], guided[:, :first], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(half[:, first:], own[:, first:], rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_scores_depend_on_the_offset_only():

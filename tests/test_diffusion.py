@@ -1,10 +1,8 @@
-"""Formulations: recorded outputs of the official codes, and what must hold in each of them."""
+"""Formulations: what must hold in each of them."""
 
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from study.diffusion.ddpm import (
     x0_of_v,
 )
 from study.diffusion.options import OPTIONS
-from study.diffusion.parity import RUNNERS, run_stf
 from study.diffusion.schedules import (
     Schedule,
     kept_steps,
@@ -34,8 +31,6 @@ from study.diffusion.vpsde import CosineSDE, DiscreteProcess, LinearSDE
 from study.diffusion.vpsde import eps_of_x0 as sde_eps
 from study.diffusion.vpsde import x0_of_eps as sde_x0
 from study.files import UserError
-
-GOLDEN = Path(__file__).resolve().parent.parent.parent / "shared" / "parity"
 
 SPECS = [
     *({"kind": kind} for kind in FORMULATIONS),
@@ -75,49 +70,6 @@ def network_for(made):
         return torch.cat([out] + [0.3 * out] * (made.output_multiplier - 1), 1)
 
     return network
-
-
-# Recorded outputs
-
-
-@pytest.mark.parametrize("kind", RUNNERS)
-def test_recorded_outputs_of_the_official_codes(kind):
-    from safetensors.torch import load_file
-
-    if not (GOLDEN / f"{kind}-a.json").exists():
-        pytest.skip(f"no {GOLDEN}")
-    for path in sorted(GOLDEN.glob(f"{kind}-?.json")):
-        case = json.loads(path.read_text())
-        tensors = load_file(path.with_suffix(".safetensors"))
-        ours = RUNNERS[kind](case, tensors)
-        tolerance = {name: case["tolerance"][name] for name in ("rtol", "atol")}
-        expected = {name: value for name, value in tensors.items() if name.startswith("out/")}
-        assert expected
-        for name, value in expected.items():
-            got = ours[name].to(torch.float32)
-            torch.testing.assert_close(
-                got, value, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
-            )
-
-
-def test_stf_runner_with_augmentation_and_classes_augments_the_two_parts_separately():
-    reference = images(9)
-    case = {"constructor": {}, "sigma_data_of_net": 0.5, "batch": 3, "augmentation": "mirror_odd"}
-    tensors = {
-        "in/reference_batch": reference,
-        "in/level_draw": torch.tensor([0.0, 1.0, 2.0]),
-        "in/unit_noise": normal(3),
-        "in/class_labels": torch.eye(3),
-    }
-    out = run_stf(case, tensors)
-    expected = reference.clone()
-    for index in (1, 4, 6, 8):  # 1 of the batch; 1, 3, 5 of the rest
-        expected[index] = reference[index].flip(2)
-    assert torch.equal(out["out/reference_batch_used"], expected)
-    clear = {**tensors, "in/class_labels": torch.eye(3)[[0, 0, 0]]}
-    difference = out["out/denoised"] - run_stf(case, clear)["out/denoised"]
-    steps = torch.tensor([0.0, 0.05, 0.1])[:, None, None, None]
-    torch.testing.assert_close(difference, steps.expand_as(difference), rtol=0, atol=1e-6)
 
 
 # The registry

@@ -171,6 +171,51 @@ def test_stable_targets_are_part_of_stf_runs_only():
     assert digest.training(run.spec) != digest.training(by_target["dsm"].spec)
 
 
+EVERY_STAGE = """
+from itertools import product
+from study import arms, digest
+from study.config import load
+from study.diffusion.samplers import REGISTRY
+from study.probes import PROBES
+
+specs = [run.spec for run in arms.runs(load("config.yaml")).values()]
+print([digest.stage(verb) for verb in digest._verbs() if verb != "parity"])
+print([digest.training({**spec, **more}) for spec in specs for more in ({}, {"checkpoint": "x"})])
+print([digest.generation(spec, sampler) for spec, sampler in product(specs, REGISTRY)])
+print([digest.probe(kind, specs) for kind in PROBES])
+"""
+
+
+def test_the_wing_of_parity_is_part_of_no_stage(tmp_path):
+    root = Path(digest.PACKAGE)
+    wing = "study.parity"
+    for path in root.rglob("*.py"):
+        parts = path.relative_to(root.parent).with_suffix("").parts
+        module = ".".join(parts).removesuffix(".__init__")
+        if module != "study.cli" and not module.startswith(wing):
+            imported = digest._module(module, path)[1]
+            assert not [name for name in imported if name.startswith(wing)], module
+    foreign = {module for module in names(digest._verbs()["parity"]) if module.startswith(wing)}
+    assert foreign >= {"study.parity.networks", "study.parity.kinds"}
+
+    shutil.copytree(root, tmp_path / "study")
+    shutil.copy(root.parent / "config.yaml", tmp_path)
+
+    def digests() -> str:
+        command = [sys.executable, "-c", EVERY_STAGE]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    before = digests()
+    for path in (tmp_path / "study/parity").glob("*.py"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("ADDED = 1\n")
+    assert digests() == before
+    with (tmp_path / "study/skips.py").open("a", encoding="utf-8") as file:
+        file.write("ADDED = 1\n")
+    assert digests() != before
+
+
 def test_a_notebook_depends_on_what_its_cells_import(tmp_path):
     def notebook(name: str, code: str) -> str:
         path = tmp_path / name

@@ -13,13 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 from study.data import Archive
 from study.data.archive import encode_png
 from study.data.convert import convert
-from study.fidelity import classifier, extractors, metrics
+from study.fidelity import classifier, extractors
 from study.fidelity import evaluate as evaluation
 from study.fidelity import reference as references
 from study.fidelity.evaluate import evaluate, measure, metric_name
@@ -28,7 +27,6 @@ from study.fidelity.reference import Reference, make_reference
 from study.files import UserError, sha256
 
 ROOT = Path(__file__).parents[1]
-CASES = sorted((ROOT.parent / "shared" / "parity").glob("fid-*.json"))
 
 
 def write_archive(path, images, labels=None, **meta):
@@ -92,162 +90,21 @@ def features():
     return generated, reference, draw.randn(40, 4).astype(np.float32)
 
 
-# Definitions
+# Metrics
 
 
-@pytest.mark.skipif(not CASES, reason="no golden cases beside the repository")
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_golden_case(path):
-    case = json.loads(path.read_text())
-    tensors = load_file(path.with_suffix(".safetensors"))
-    found = metrics.run_parity_case(case, tensors)
-    tolerance = case["tolerance"]
-    for name in case["outputs"]:
-        want, got = tensors[name].double(), found[name]
-        assert got.shape == want.shape, name
-        if name.startswith(("out/precision", "out/recall")):
-            rows = len(tensors["in/features_generated"])
-            rows = min(rows, len(tensors["in/features_reference"]))
-            limit = torch.tensor(1 / rows + 1e-6)
-        else:
-            limit = tolerance["atol"] + tolerance["rtol"] * want.abs()
-        assert ((got - want).abs() <= limit).all(), name
-
-
-@pytest.mark.skipif(not CASES, reason="no golden cases beside the repository")
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_half_precision_distances_equal_the_evaluators_bit_for_bit(path):
-    tensors = load_file(path.with_suffix(".safetensors"))
-    found = metrics.half_squared_distances(
-        tensors["in/features_reference"].numpy(), tensors["in/features_generated"].numpy()
-    )
-    assert (found == tensors["out/pairwise_squared_distances_fp16"].numpy()).all()
-
-
-def test_frechet_distance_of_commuting_gaussians():
-    """For diagonal covariances it is |m1 - m2|^2 + sum (sd1 - sd2)^2."""
-    mean1, mean2 = np.array([0.0, 1, 2]), np.array([1.0, 1, 0])
-    deviations1, deviations2 = np.array([1.0, 2, 3]), np.array([2.0, 2, 0])
-    want = 5 + 1 + 0 + 9
-    for definition in ("edm", "uvit", "guided_diffusion", "torch_fidelity"):
-        found = metrics.frechet_distance(
-            mean1, np.diag(deviations1**2), mean2, np.diag(deviations2**2), definition
-        )
-        assert found == pytest.approx(want), definition
-
-
-@pytest.mark.parametrize(
-    ("generated", "reference", "width"), [(60, 50, 8), (9, 12, 20), (30, 8, 24)]
-)
-def test_definitions_agree_also_with_fewer_images_than_features(generated, reference, width):
-    draw = np.random.RandomState(0)
-    a = draw.randn(generated, width).astype(np.float32)
-    b = (draw.randn(reference, width) @ draw.randn(width, width)).astype(np.float32)
-    mine, theirs = metrics.mean_covariance(a), metrics.mean_covariance(b)
-    found = {
-        definition: metrics.frechet_distance(*mine, *theirs, definition)
-        for definition in ("edm", "uvit", "guided_diffusion", "torch_fidelity")
-    }
-    tool = measure(torch.from_numpy(a), None, torch.from_numpy(b), ("fd",))["fd"].value
-    assert found == dict.fromkeys(found, pytest.approx(tool, rel=1e-5))
-
-
-def test_definitions_differ_where_the_root_is_imaginary():
-    zero, one = np.zeros(2), np.eye(2)
-    indefinite = np.diag([1.0, -1.0])
-    with pytest.raises(ValueError, match="imaginary"):
-        metrics.frechet_distance(zero, indefinite, zero, one, "uvit")
-    for definition in ("edm", "torch_fidelity"):  # the real part of the root counts
-        assert metrics.frechet_distance(zero, indefinite, zero, one, definition) == pytest.approx(0)
-    with pytest.raises(ValueError, match="no definition"):
-        metrics.frechet_distance(zero, one, zero, one, "clean")
-
-
-def test_a_root_that_is_not_finite_is_regularised_by_some_definitions(monkeypatch):
-    zero, one = np.zeros(2), np.eye(2)
-    root = metrics._matrix_root
-
-    def fails_on_plain(product):
-        return root(product) if product[0, 0] != 1 else np.full((2, 2), np.nan)
-
-    monkeypatch.setattr(metrics, "_matrix_root", fails_on_plain)
-    shifted = metrics.frechet_distance(zero, one, zero, one, "guided_diffusion")
-    assert shifted == pytest.approx(-4e-6, rel=1e-3)  # 2 + 2 - 2 * 2 * (1 + 1e-6)
-    assert np.isnan(metrics.frechet_distance(zero, one, zero, one, "edm"))
-
-
-def test_unbiased_mmd_is_the_sum_over_pairs(features):
-    first, second = features[0][:7].astype(np.float64), features[1][:7].astype(np.float64)
-
-    def kernel(x, y):
-        return (np.dot(x, y) / 6 + 1) ** 3
-
-    pairs = [(i, j) for i in range(7) for j in range(7)]
-    want = sum(kernel(first[i], first[j]) for i, j in pairs if i != j) / 42
-    want += sum(kernel(second[i], second[j]) for i, j in pairs if i != j) / 42
-    want -= 2 * sum(kernel(first[i], second[j]) for i, j in pairs) / 49
-    assert metrics.unbiased_mmd2(first, second) == pytest.approx(want)
-    with pytest.raises(ValueError, match="one size"):
-        metrics.unbiased_mmd2(first, second[:3])
-
-
-def test_precision_and_recall_of_points_on_a_line():
-    """Reference 0 1 2 3, generated 1.5 10 10.5 11; the nearest-neighbour balls are easy to draw."""
-    reference = np.array([[0.0], [1], [2], [3]])
-    generated = np.array([[1.5], [10], [10.5], [11]])
-    for definition in ("torch_fidelity", "guided_diffusion"):
-        # Reference balls have radius 1: only 1.5 lies inside one. The ball of 1.5 has radius 8.5.
-        assert metrics.precision_recall(generated, reference, 1, definition) == (0.25, 1)
-        # A far generated point takes the ball of 1.5 away.
-        assert metrics.precision_recall(generated[1:], reference, 1, definition) == (0, 0)
-    with pytest.raises(ValueError, match="neighbours"):
-        metrics.precision_recall(generated, reference, 4)
-
-
-def test_half_precision_distances_lose_accuracy_and_survive_overflow():
-    draw = np.random.RandomState(0)
-    near = (draw.randn(20, 40) * 0.1 + 5).astype(np.float32)
-    exact = metrics.euclidean_distances(near, near) ** 2
-    rounded = metrics.half_squared_distances(near, near)
-    off_diagonal = ~np.eye(20, dtype=bool)
-    error = np.abs(rounded[off_diagonal] / exact[off_diagonal] - 1)
-    assert error.max() > 0.1  # norms are 1000 times larger
-    far = near * 200  # squared norms beyond the largest float16
-    found = metrics.half_squared_distances(far, far)
-    assert np.isfinite(found).all()
-    assert found[off_diagonal] == pytest.approx(exact[off_diagonal] * 200**2, rel=0.1)
-    # Overflow in one block leaves the others in float16.
-    mixed = metrics.half_squared_distances(np.concatenate([near, far]), near, block=20)
-    assert (mixed[:20] == rounded).all()
-
-
-@pytest.mark.parametrize("width", [1, 8, 13, 32, 70, 1601])
-def test_half_sum_has_the_accuracy_of_float16(width):
-    terms = np.random.RandomState(0).rand(5, width).astype(np.float16)
-    exact = terms.astype(np.float64).sum(1)
-    assert metrics._half_sum(terms).dtype == np.float16
-    assert metrics._half_sum(terms).astype(float) == pytest.approx(exact, rel=5e-3)
-
-
-def test_inception_scores(features):
-    certain = np.repeat(np.eye(4) * 100, 10, axis=0)  # ten sure images of each of four classes
-    assert metrics.inception_score(certain) == pytest.approx(4)
-    assert metrics.inception_score(certain, split_size=10) == pytest.approx(1)  # one class a split
-    assert metrics.shuffled_inception_score(certain, splits=2)[0] > 3
-    assert metrics.shuffled_inception_score(np.zeros((20, 4)))[0] == pytest.approx(1)
-    with pytest.raises(ValueError, match="splits"):
-        metrics.shuffled_inception_score(certain[:5])
-
-
-def test_definitions_named_torch_fidelity_are_torch_fidelitys(features):
-    generated, reference, logits = features
-    scores = measure(*map(torch.from_numpy, (generated, logits, reference)))
-    ours = metrics.kernel_distance(generated, reference, 100, 40)
-    assert (scores["kid"].value, scores["kid"].spread) == pytest.approx(ours, rel=1e-4)
-    ours = metrics.shuffled_inception_score(logits)
-    assert (scores["is"].value, scores["is"].spread) == pytest.approx(ours)
-    ours = metrics.precision_recall(generated, reference)
-    assert (scores["precision"].value, scores["recall"].value) == pytest.approx(ours)
+def test_numbers_are_torch_fidelitys(features):
+    """Of its own functions, called with the features themselves."""
+    generated, logits, reference = (torch.from_numpy(features[i]) for i in (0, 2, 1))
+    scores = measure(generated, logits, reference)
+    options = {"kid_subsets": 100, "kid_subset_size": 40, "prc_neighborhood": 3, "verbose": False}
+    kid = torch_fidelity.metric_kid.kid_features_to_metric(generated, reference, **options)
+    inception = torch_fidelity.metric_isc.isc_features_to_metric(logits)
+    prc = torch_fidelity.metric_prc.prc_features_to_metric(generated, reference, **options)
+    for name, found in (("kid", kid), ("is", inception)):
+        assert [scores[name].value, scores[name].spread] == pytest.approx(list(found.values()))
+    for name in ("precision", "recall"):
+        assert scores[name].value == pytest.approx(prc[name])
     assert 0 < scores["precision"].value < 1
 
 

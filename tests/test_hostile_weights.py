@@ -206,10 +206,10 @@ def whole(body: bytes) -> bytes:
 def network():
     import torch
 
-    from study.backbones.uvit import UViT
+    from study.parity.official import uvit
 
     torch.manual_seed(0)
-    return UViT.from_official(
+    return uvit(
         img_size=8, in_chans=1, patch_size=4, embed_dim=16, depth=2, num_heads=2, mlp_ratio=1
     )
 

@@ -23,10 +23,6 @@ from typer.testing import CliRunner
 
 from study import arms, config, digest
 from study.arms import with_defaults
-from study.backbones.patch_unet import PatchUNet
-from study.backbones.songunet import SongUNet
-from study.backbones.udit import UDiT
-from study.backbones.uvit import UViT
 from study.cli import app
 from study.data.convert import convert
 from study.files import UserError, read_json, sha256
@@ -34,6 +30,7 @@ from study.generation import generate
 from study.importing import arm_of, import_checkpoint, import_run, open_checkpoint
 from study.importing.reading import LEGACY_MAGIC, read
 from study.network import build_network
+from study.parity import official
 
 MARK = "code in the file was executed"
 
@@ -78,7 +75,7 @@ def uvit(**changes):
         "num_heads": 3,
         "mlp_ratio": 2,
     }
-    return awake(UViT.from_official(**(arguments | changes)))
+    return awake(official.uvit(**(arguments | changes)))
 
 
 def udit(**changes):
@@ -96,7 +93,7 @@ def udit(**changes):
         "downsampler": "dwconv5",
         "down_shortcut": 1,
     }
-    return awake(UDiT.from_official(**(arguments | changes)))
+    return awake(official.udit(**(arguments | changes)))
 
 
 def patched(**changes):
@@ -113,7 +110,7 @@ def patched(**changes):
         "num_head_channels": 16,
         "use_new_attention_order": True,
     }
-    return awake(PatchUNet.from_official(**(arguments | changes)))
+    return awake(official.patch_unet(**(arguments | changes)))
 
 
 SONG = {
@@ -137,7 +134,7 @@ NCSN = {
 
 
 def song(**changes):
-    return awake(SongUNet.from_official(**(SONG | changes)))
+    return awake(official.songunet(**(SONG | changes)))
 
 
 # --- EDM's files: network objects that carry their own source code -----------------------------
@@ -684,7 +681,7 @@ def test_network_for_other_images(tmp_path, digits):
         (lambda: {"epoch": 3}, "holds no network"),
         (lambda: torch.ones(3), "holds no network"),
         (
-            lambda: UViT.from_official(
+            lambda: official.uvit(
                 img_size=8, patch_size=2, embed_dim=48, depth=4, num_heads=3, num_clip_token=7
             ).state_dict(),
             "text features",

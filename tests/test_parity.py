@@ -10,49 +10,71 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from study import parity
 from study.cli import app
 from study.files import UserError
-from study.parity_table import SYSTEMS, coverage
+from study.parity import judge
+from study.parity.case import DESCRIPTIONS, Settings, kind_of, names, read
+from study.parity.coverage import SYSTEMS, coverage
+from study.parity.edm import stable_target
+from study.parity.judge import Verdict, run_case
+from study.parity.kinds import KINDS, runner_of
+from study.parity.metrics import half_squared_distances
+from study.parity.tolerance import tolerances
 
-PARITY = Path(__file__).resolve().parents[2] / "shared" / "parity"
-NAMES = parity.names(PARITY)[0] if PARITY.is_dir() else []
-ABSENT = "the recorded official outputs are not here (../shared/parity)"
-golden = pytest.mark.skipif(not NAMES, reason=ABSENT)
+GOLDEN = Path(__file__).parent / "golden"
+NAMES = names(GOLDEN)[0]
 
 
 # --- the recorded official outputs -------------------------------------------------------------
 
 
-@golden
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_case(name):
-    verdict = parity.run_case(PARITY, name)
+    verdict = run_case(GOLDEN, name)
     assert verdict.passed, verdict.problems
-    stored = [key for key in load_file(PARITY / f"{name}.safetensors") if key.startswith("out/")]
+    stored = [key for key in load_file(GOLDEN / f"{name}.safetensors") if key.startswith("out/")]
     assert verdict.outputs == len(stored)
 
 
-@golden
+def golden(name):
+    return read(GOLDEN, name)
+
+
+def test_discrete_samplers_repeat_the_released_arithmetic():
+    """To the last digit on the machine of the records; elsewhere a function may round otherwise."""
+    case, tensors = golden("ddpm-dit-a")
+    made = KINDS["ddpm-dit"]({**case, "loss_runs": {}}, tensors)
+    for name in ("ddpm25", "ddim25"):
+        for quantity in ("trajectory", "pred_xstart"):
+            wanted = tensors[f"out/{name}/{quantity}"]
+            torch.testing.assert_close(made[f"out/{name}/{quantity}"], wanted, rtol=2e-6, atol=2e-6)
+
+
+def test_half_precision_distances_equal_the_evaluators_bit_for_bit():
+    _, tensors = golden("fid-a")
+    reference, generated = (
+        tensors[f"in/features_{name}"].numpy() for name in ("reference", "generated")
+    )
+    found = half_squared_distances(reference, generated)
+    assert (found == tensors["out/pairwise_squared_distances_fp16"].numpy()).all()
+
+
 def test_every_kind_is_recorded_or_known():
-    kinds = {parity.kind_of(name) for name in NAMES}
-    known = parity.runners()
-    assert all(parity._runner(kind, known) for kind in kinds)
-    for kind in known:
+    kinds = {kind_of(name) for name in NAMES}
+    assert all(map(runner_of, kinds))
+    for kind in KINDS:
         if not kind.endswith("*"):
             assert kind in kinds, f"no case of {kind}"
 
 
-@golden
 def test_table_of_what_is_covered_is_up_to_date():
-    verdicts = [parity.Verdict(name) for name in NAMES if name.endswith("-a")]
+    verdicts = [Verdict(name) for name in NAMES if name.endswith("-a")]
     page = Path(__file__).resolve().parents[1] / "study" / "PARITY.md"
-    assert page.read_text() == coverage(PARITY, verdicts), (
-        "run: study parity ../shared/parity --markdown study/PARITY.md"
+    assert page.read_text(encoding="utf-8") == coverage(GOLDEN, verdicts), (
+        "run: study parity tests/golden --markdown study/PARITY.md"
     )
 
 
-@golden
 def test_tests_that_the_table_names_are_there():
     folder = Path(__file__).parent
     assert all((folder / name).is_file() for system in SYSTEMS for name in system.tests.split(", "))
@@ -76,7 +98,7 @@ def broken(case, tensors):
     raise RuntimeError("cannot\nbe run")
 
 
-KNOWN = {"double": double, "copy": copy, "broken": broken, "family-*": double}
+OURS = {"double": double, "copy": copy, "broken": broken, "family-*": double}
 
 
 def write(folder, name="double-a", tolerance=None, case=None, **changes):
@@ -89,7 +111,7 @@ def write(folder, name="double-a", tolerance=None, case=None, **changes):
     (folder / f"{name}.json").write_text(json.dumps(content))
     save_file({key: value.contiguous() for key, value in tensors.items()}, folder / f"{name}.st")
     (folder / f"{name}.st").rename(folder / f"{name}.safetensors")
-    return parity.run_case(folder, name, KNOWN)
+    return run_case(folder, name, OURS)
 
 
 def test_equal_outputs_pass_with_error_zero(tmp_path):
@@ -150,9 +172,9 @@ def test_runner_never_sees_the_stored_outputs(tmp_path):
 
 
 def test_kind_is_the_name_without_its_letter():
-    assert parity.kind_of("sampler-edm-heun-b") == "sampler-edm-heun"
-    assert parity.kind_of("uvit-t2i-a") == "uvit-t2i"
-    assert parity.kind_of("uvit-t2i") == "uvit-t2i"
+    assert kind_of("sampler-edm-heun-b") == "sampler-edm-heun"
+    assert kind_of("uvit-t2i-a") == "uvit-t2i"
+    assert kind_of("uvit-t2i") == "uvit-t2i"
 
 
 def test_unknown_kind_fails(tmp_path):
@@ -170,15 +192,15 @@ def test_damaged_files_fail(tmp_path):
     whole = tensors.read_bytes()
     for content in (b"", whole[:20], whole[:-1]):
         tensors.write_bytes(content)
-        assert "cannot be read" in parity.run_case(tmp_path, "double-a", KNOWN).problems[0]
+        assert "cannot be read" in run_case(tmp_path, "double-a", OURS).problems[0]
     tensors.unlink()
-    verdict = parity.run_case(tmp_path, "double-a", KNOWN)
+    verdict = run_case(tmp_path, "double-a", OURS)
     assert verdict.problems == ["double-a.safetensors is missing"]
     tensors.write_bytes(whole)
     case.write_text("{")
-    assert "cannot be read" in parity.run_case(tmp_path, "double-a", KNOWN).problems[0]
+    assert "cannot be read" in run_case(tmp_path, "double-a", OURS).problems[0]
     case.unlink()
-    verdict = parity.run_case(tmp_path, "double-a", KNOWN)
+    verdict = run_case(tmp_path, "double-a", OURS)
     assert verdict.problems == ["double-a.json is missing"]
 
 
@@ -202,16 +224,16 @@ def test_case_without_outputs_fails(tmp_path):
 def test_facts_are_no_cases(tmp_path):
     write(tmp_path)
     (tmp_path / "published_configs.json").write_text('{"uvit": 1}')
-    assert parity.names(tmp_path) == (["double-a"], ["published_configs"])
+    assert names(tmp_path) == (["double-a"], ["published_configs"])
     (tmp_path / "half-a.json").write_text('{"tolerance": {}}')
-    assert "half-a" in parity.names(tmp_path)[0]
+    assert "half-a" in names(tmp_path)[0]
 
 
 def test_folder_without_cases_is_a_mistake(tmp_path):
     with pytest.raises(UserError, match="no cases here"):
-        parity.names(tmp_path)
+        names(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
-        parity.names(tmp_path / "absent")
+        names(tmp_path / "absent")
 
 
 # --- the tolerance of single outputs -----------------------------------------------------------
@@ -220,7 +242,7 @@ def test_folder_without_cases_is_a_mistake(tmp_path):
 def allowed(rules, **tensors):
     tensors = {key.replace("__", "/"): value for key, value in tensors.items()}
     tolerance = {"rtol": 1e-3, "atol": 1e-4, "outputs": rules}
-    found = parity.tolerances({"tolerance": tolerance}, tensors)
+    found = tolerances({"tolerance": tolerance}, tensors)
     return {key: value.limit(tensors[key].double()) for key, value in found.items()}
 
 
@@ -310,7 +332,7 @@ def test_a_setting_that_is_not_used_fails(tmp_path):
 
 
 def test_a_setting_inside_another_one_that_is_not_used_fails():
-    case = parity.Settings({"constructor": {"factor": 2, "inner": {"a": 1, "b": 2}}})
+    case = Settings({"constructor": {"factor": 2, "inner": {"a": 1, "b": 2}}})
     assert "factor" in case["constructor"] and case["constructor"]["inner"].get("a") == 1
     assert list(case.unused()) == ["constructor.factor", "constructor.inner.b"]
 
@@ -337,7 +359,7 @@ WITHOUT_EFFECT = {
 
 def settings_of(content, path=()):
     for key, value in content.items():
-        if key in parity.DESCRIPTIONS or key == "param_names":
+        if key in DESCRIPTIONS or key == "param_names":
             continue
         if isinstance(value, dict):
             yield from settings_of(value, (*path, key))
@@ -382,18 +404,17 @@ def one_run(case, tensors, run):
     return {**case, **changed, "outputs": outputs, "tolerance": tolerance}, kept
 
 
-@golden
 def test_every_setting_of_every_case_matters():
     """Altered, it fails its case or is refused, in one of the cases of a kind at least."""
-    known, proven, seen = parity.runners(), set(), set()
+    proven, seen = set(), set()
     for name in NAMES:
-        runner = parity._runner(parity.kind_of(name), known)
-        whole, stored = parity.read(PARITY, name)
+        runner = runner_of(kind_of(name))
+        whole, stored = read(GOLDEN, name)
         for path in settings_of(whole):
             grouped = path[0] in GROUPS
             generic = ".".join((path[0], *path[2:]) if grouped else path)
             if (runner, generic) in proven or any(
-                f".{generic}".endswith(f".{known}") for known in WITHOUT_EFFECT
+                f".{generic}".endswith(f".{setting}") for setting in WITHOUT_EFFECT
             ):
                 continue
             seen.add((runner, generic))
@@ -402,18 +423,17 @@ def test_every_setting_of_every_case_matters():
             for key in path:
                 value = value[key]
             for other in alterations(path[-1], value):
-                verdict = parity.judge(name, placed(case, path, other), tensors, runner)
+                verdict = judge.judge(name, placed(case, path, other), tensors, runner)
                 if not verdict.passed:
                     proven.add((runner, generic))
                     break
-    missed = sorted(f"{runner.__name__}: {setting}" for runner, setting in seen - proven)
+    missed = sorted(f"{runner}: {setting}" for runner, setting in seen - proven)
     assert not missed
 
 
-@golden
 def test_respacings_with_commas_are_run(tmp_path):
-    case, tensors = parity.read(PARITY, "ddpm-schedule-a")
-    runner = parity.runners()["ddpm-schedule"]
+    case, tensors = read(GOLDEN, "ddpm-schedule-a")
+    runner = KINDS["ddpm-schedule"]
     setting = {**case["settings"]["linear1000"], "respacings": {"20,30,10": 60}}
     made = runner({**case, "settings": {"linear1000": setting}}, tensors)
     tensors = {k: v for k, v in made.items() if k in tensors or "respaced_20,30,10" in k}
@@ -421,11 +441,32 @@ def test_respacings_with_commas_are_run(tmp_path):
 
     def judged(respacings):
         given = {"linear1000": {**setting, "respacings": respacings}}
-        return parity.judge("a", {**case, "settings": given, "outputs": {}}, tensors, runner)
+        return judge.judge("a", {**case, "settings": given, "outputs": {}}, tensors, runner)
 
     assert judged({"20,30,10": 60}).passed
     assert "out/linear1000/respaced_20,30,10/betas is not produced" in judged({}).problems
     assert "not 61" in judged({"20,30,10": 61}).problems[0]
+
+
+def test_stf_runner_with_augmentation_and_classes_augments_the_two_parts_separately():
+    draw = torch.Generator().manual_seed(0)
+    reference = torch.rand(9, 3, 4, 4, generator=draw) * 2 - 1
+    case = {"constructor": {}, "sigma_data_of_net": 0.5, "batch": 3, "augmentation": "mirror_odd"}
+    tensors = {
+        "in/reference_batch": reference,
+        "in/level_draw": torch.tensor([0.0, 1.0, 2.0]),
+        "in/unit_noise": torch.randn(3, 3, 4, 4, generator=draw),
+        "in/class_labels": torch.eye(3),
+    }
+    out = stable_target(case, tensors)
+    expected = reference.clone()
+    for index in (1, 4, 6, 8):  # 1 of the batch; 1, 3, 5 of the rest
+        expected[index] = reference[index].flip(2)
+    assert torch.equal(out["out/reference_batch_used"], expected)
+    clear = {**tensors, "in/class_labels": torch.eye(3)[[0, 0, 0]]}
+    difference = out["out/denoised"] - stable_target(case, clear)["out/denoised"]
+    steps = torch.tensor([0.0, 0.05, 0.1])[:, None, None, None]
+    torch.testing.assert_close(difference, steps.expand_as(difference), rtol=0, atol=1e-6)
 
 
 # --- on the command line -----------------------------------------------------------------------
@@ -441,14 +482,13 @@ def test_list_names_the_kinds():
     listed = [line.split()[0] for line in done.output.splitlines()]
     for kind in ("uvit", "scalelong-*", "udit-alt", "adm-*", "ncsnpp", "stf", "fid"):
         assert kind in listed
-    assert listed == list(parity.runners())
+    assert listed == list(KINDS)
 
 
 def small(name):
-    return (PARITY / f"{name}.json", PARITY / f"{name}.safetensors")
+    return (GOLDEN / f"{name}.json", GOLDEN / f"{name}.safetensors")
 
 
-@golden
 def test_command_passes_fails_and_writes_the_table(tmp_path):
     for path in (*small("edmloss-a"), *small("vploss-a")):
         shutil.copyfile(path, tmp_path / path.name)
@@ -469,14 +509,13 @@ def test_command_passes_fails_and_writes_the_table(tmp_path):
     assert "vploss-a: out/loss differs by" in done.output
 
 
-@golden
 def test_changed_weight_is_noticed(tmp_path):
     for path in small("uvit-a"):
         shutil.copyfile(path, tmp_path / path.name)
     tensors = load_file(tmp_path / "uvit-a.safetensors")
     tensors["weights/in_blocks.0.norm1.bias"][3] += 0.01
     save_file(tensors, tmp_path / "uvit-a.safetensors")
-    assert not parity.run_case(tmp_path, "uvit-a").passed
+    assert not run_case(tmp_path, "uvit-a").passed
 
 
 def test_command_without_folder_or_with_unknown_kinds(tmp_path):

@@ -1,4 +1,4 @@
-"""Samplers: recorded official outputs, orders of convergence, seeds, counts, guidance."""
+"""Samplers: orders of convergence, seeds, counts, guidance."""
 
 import json
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from study.diffusion import formulation
@@ -20,11 +19,10 @@ from study.diffusion.samplers.ancestral import dynamic_threshold
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.samplers.dpm_solver import fast_orders
 from study.diffusion.samplers.options import guidance_options
-from study.diffusion.samplers.parity import RUNNERS, Mixture
 from study.diffusion.split import SplitDenoiser
 from study.files import UserError
+from study.parity.mixture import Mixture
 
-PARITY = Path(__file__).parents[2] / "shared" / "parity"
 STD = 0.5
 """Standard deviation of the Gaussian data that the analytic denoisers know."""
 
@@ -64,40 +62,6 @@ class Counted:
     def __call__(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
         self.levels.append(float(sigma))
         return gaussian(x, sigma)
-
-
-# Recorded official outputs
-
-
-@pytest.mark.parametrize("kind", RUNNERS)
-def test_official_outputs(kind):
-    cases = sorted(PARITY.glob(f"{kind}-?.json"))
-    if not cases:
-        pytest.skip("the recorded official outputs are not here (../shared/parity)")
-    for path in cases:
-        case = json.loads(path.read_text())
-        tensors = load_file(path.with_suffix(".safetensors"))
-        given = {name: value for name, value in tensors.items() if not name.startswith("out/")}
-        made = RUNNERS[kind](case, given)
-        rtol, atol = case["tolerance"]["rtol"], case["tolerance"]["atol"]
-        for name in tensors.keys() - given.keys():
-            wanted, got = tensors[name].double(), made[name].double()
-            assert got.shape == wanted.shape, name
-            excess = (got - wanted).abs() - atol - rtol * wanted.abs()
-            assert float(excess.max()) <= 0, f"{path.stem} {name}: {float(excess.max())}"
-
-
-def test_discrete_samplers_repeat_the_released_arithmetic():
-    """To the last digit on the machine of the records; elsewhere a function may round otherwise."""
-    path = PARITY / "ddpm-dit-a.json"
-    if not path.exists():
-        pytest.skip("the recorded official outputs are not here (../shared/parity)")
-    tensors = load_file(path.with_suffix(".safetensors"))
-    made = RUNNERS["ddpm-dit"](json.loads(path.read_text()), tensors)
-    for name in ("ddpm25", "ddim25"):
-        for quantity in ("trajectory", "pred_xstart"):
-            wanted = tensors[f"out/{name}/{quantity}"]
-            torch.testing.assert_close(made[f"out/{name}/{quantity}"], wanted, rtol=2e-6, atol=2e-6)
 
 
 # Orders of convergence, on data N(0, STD^2), where the ODE has a closed solution

@@ -44,11 +44,6 @@ class Backbone(nn.Module):
         """Build from a spec's options plus what data set, formulation and training decide."""
         raise NotImplementedError
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "Backbone":
-        """Build the same network as the official constructor does from these arguments."""
-        raise NotImplementedError
-
     def blocks(self) -> dict[str, nn.Module]:
         """Encoder, middle and decoder blocks in order of execution; name = state-dict prefix."""
         raise NotImplementedError

@@ -18,7 +18,6 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones import options as models
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 GROUPS = 32
@@ -207,35 +206,6 @@ class Stage(nn.Sequential):
         for layer in self:
             x = layer(x, time, classes) if isinstance(layer, ResidualBlock) else layer(x)
         return x
-
-
-OFFICIAL: dict[str, Any] = {
-    "patch_size": 4,
-    "classifier_free": True,
-    "dropout": 0.0,
-    "channel_mult": (1, 2, 4, 8),
-    "conv_resample": True,
-    "dims": 2,
-    "num_classes": None,
-    "use_checkpoint": False,
-    "use_fp16": False,
-    "num_heads": 1,
-    "num_head_channels": -1,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": False,
-    "resblock_updown": False,
-    "use_new_attention_order": False,
-}
-"""Defaults of the official constructor; its first six arguments have none."""
-
-REQUIRED = {
-    "image_size",
-    "in_channels",
-    "model_channels",
-    "out_channels",
-    "num_res_blocks",
-    "attention_resolutions",
-}
 
 
 class PatchUNet(Backbone):
@@ -464,34 +434,6 @@ class PatchUNet(Backbone):
             **given,
         )
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "PatchUNet":
-        """Build from the official constructor's arguments, with its defaults.
-
-        ``attention_resolutions`` are downsampling rates here. ``use_fp16`` is accepted without
-        effect (half precision is autocast's business). ``use_scale_shift_norm`` must be true and
-        ``dims`` 2: the official network cannot run otherwise (its default for the former is
-        false). Raises ``TypeError`` for an unknown or a missing argument.
-        """
-        unknown = sorted(set(constructor) - REQUIRED - set(OFFICIAL))
-        missing = sorted(REQUIRED - set(constructor))
-        if unknown:
-            raise TypeError(f"the Patched U-Net has no argument {', '.join(unknown)}")
-        if missing:
-            raise TypeError(f"the Patched U-Net needs the argument {', '.join(missing)}")
-        given = OFFICIAL | constructor
-        if not given.pop("use_scale_shift_norm"):
-            raise ValueError("use_scale_shift_norm must be true: the network has no other form")
-        if given.pop("dims") != 2:
-            raise ValueError("dims must be 2: images only")
-        given.pop("use_fp16")
-        return cls(
-            attention_rates=given.pop("attention_resolutions"),
-            checkpointing=given.pop("use_checkpoint"),
-            num_classes=given.pop("num_classes") or 0,
-            **given,
-        )
-
     def blocks(self) -> dict[str, nn.Module]:
         encoder = {f"input_blocks.{i}": block for i, block in enumerate(self.input_blocks)}
         decoder = {f"output_blocks.{i}": block for i, block in enumerate(self.output_blocks)}
@@ -545,21 +487,3 @@ def _heads(width: int, heads: int, head_width: int) -> int:
     if head_width < 1 or width % head_width:
         raise ValueError(f"num_head_channels {head_width} does not divide the width {width}")
     return width // head_width
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every ``out/...`` of a golden Patched U-Net case, computed by this network.
-
-    ``case`` is the case's JSON, ``tensors`` its tensors. The scalar that is differentiated is
-    sum(prediction * cotangent).
-    """
-    network = PatchUNet.from_official(**case["constructor"])
-    same_side(case, "image_size", tensors)
-    if case["constructor"].get("use_fp16"):
-        raise ValueError("use_fp16 must be false: the cases are compared in float32")
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-    noise = tensors["in/t"]
-    outputs = replay(network, case, tensors, lambda x: network(x, noise, label), "out/pred")
-    if "out/null_label" in tensors:
-        outputs["out/null_label"] = torch.full_like(tensors["out/null_label"], network.num_classes)
-    return outputs

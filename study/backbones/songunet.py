@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones import options as models
 from study.backbones.base import Backbone, attention
-from study.backbones.golden import replay
 from study.skips import LongSkips, SkipShape
 
 HALF = math.sqrt(0.5)
@@ -215,25 +214,6 @@ class Fourier(nn.Module):
         return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
-OFFICIAL: dict[str, Any] = {
-    "label_dim": 0,
-    "augment_dim": 0,
-    "model_channels": 128,
-    "channel_mult": (1, 2, 2, 2),
-    "channel_mult_emb": 4,
-    "num_blocks": 4,
-    "attn_resolutions": (16,),
-    "dropout": 0.1,
-    "label_dropout": 0.0,
-    "embedding_type": "positional",
-    "channel_mult_noise": 1,
-    "encoder_type": "standard",
-    "decoder_type": "standard",
-    "resample_filter": (1, 1),
-}
-"""Defaults of the official constructor; img_resolution, in_channels, out_channels have none."""
-
-
 class SongUNet(Backbone):
     """DDPM++ (``positional``, ``standard``) and NCSN++ (``fourier``, ``residual``).
 
@@ -411,18 +391,6 @@ class SongUNet(Backbone):
             **models.SongUNet(**options).model_dump(),
         )
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "SongUNet":
-        """Build from the official constructor's arguments, with its defaults (dropout 0.1).
-
-        All of them have an effect. Raises ``TypeError`` for an unknown or a missing one.
-        """
-        known = {"img_resolution", "in_channels", "out_channels", *OFFICIAL}
-        unknown = sorted(set(constructor) - known)
-        if unknown:
-            raise TypeError(f"SongUNet has no argument {', '.join(unknown)}")
-        return cls(**(OFFICIAL | constructor))
-
     def blocks(self) -> dict[str, nn.Module]:
         return {
             f"{part}.{name}": module
@@ -517,29 +485,3 @@ class SongUNet(Backbone):
 def _check(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name}: {value!r} is unknown; allowed: {', '.join(allowed)}")
-
-
-def check_filters(network: SongUNet, weights: dict[str, Tensor]) -> None:
-    """Raise ``ValueError`` where weights hold other resampling filters than the network has."""
-    for name, ours in network.state_dict().items():
-        if name.endswith("resample_filter") and not torch.allclose(ours, weights.get(name, ours)):
-            raise ValueError(f"resample_filter: the weights have another one in {name}")
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every ``out/...`` of a golden SongUNet case, computed by this network.
-
-    ``case`` is the case's JSON, ``tensors`` its tensors. The scalar that is differentiated is
-    sum(F * cotangent).
-    """
-    network = SongUNet.from_official(**case["constructor"])
-    prefix = "weights/"
-    check_filters(network, {k.removeprefix(prefix): v for k, v in tensors.items()})
-    noise = tensors["in/noise_labels"]
-    label = tensors.get("in/class_labels")
-    augment = tensors.get("in/augment_labels")
-    outputs = replay(network, case, tensors, lambda x: network(x, noise, label, augment), "out/F")
-    if "out/F_without_augment_labels" in tensors:
-        with torch.no_grad():
-            outputs["out/F_without_augment_labels"] = network(tensors["in/x"], noise, label)
-    return outputs

@@ -14,7 +14,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay, same_side
 from study.skips import LongSkips, SkipShape
 
 FREQUENCIES = 256
@@ -22,10 +21,6 @@ FREQUENCIES = 256
 
 MAX_LOGIT_SCALE = 4.6052
 """Upper bound of the cosine attention's log scale, about ln 100."""
-
-GUIDED_CHANNELS = 3
-"""Guidance acts on the first three channels only, as officially: the fourth latent channel and the
-variance channels are left out."""
 
 
 class PointwiseConv(nn.Conv2d):
@@ -396,7 +391,6 @@ class UDiT(Backbone):
             raise ValueError(f"downsampler {downsampler!r} must be dwconv and an odd digit")
         self.factors = factors
         self.resolution = resolution
-        self.guided_channels = min(GUIDED_CHANNELS, channels)
         self.num_heads = num_heads
         self.num_classes = num_classes
         self.class_dropout_prob = class_dropout_prob if num_classes else 0.0
@@ -514,49 +508,6 @@ class UDiT(Backbone):
             checkpointing=checkpointing,
         )
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "UDiT":
-        """Build from the arguments of the official class ``U_DiT``, with its defaults.
-
-        ``input_size`` only checks that the grid can be halved and split: the network runs on any
-        grid that can. ``learn_sigma`` doubles the output channels. Raises ``ValueError`` for
-        unknown arguments.
-        """
-        known = {
-            "input_size": 32,
-            "down_factor": 2,
-            "in_channels": 4,
-            "hidden_size": 1152,
-            "depth": (2, 5, 8, 5, 2),
-            "num_heads": 16,
-            "mlp_ratio": 4,
-            "class_dropout_prob": 0.1,
-            "num_classes": 1000,
-            "learn_sigma": True,
-            "rep": 1,
-            "ffn_type": "rep",
-            "attn_type": None,
-            "posemb_type": None,
-            "downsampler": None,
-            "down_shortcut": False,
-        }
-        unknown = sorted(set(constructor) - set(known))
-        if unknown:
-            raise ValueError(f"unknown U-DiT arguments: {', '.join(unknown)}")
-        given = {**known, **constructor}
-        if given["num_classes"] < 1:
-            raise ValueError("the official U-DiT needs num_classes of at least 1")
-        channels = given.pop("in_channels")
-        network = cls(
-            resolution=given.pop("input_size"),
-            channels=channels,
-            out_channels=channels * (2 if given.pop("learn_sigma") else 1),
-            scaling={"method": "none"},
-            **given,
-        )
-        network.guided_channels = GUIDED_CHANNELS
-        return network
-
     def forward(
         self,
         x: Tensor,
@@ -583,21 +534,6 @@ class UDiT(Backbone):
         h = self.reduce_chan_level1(self.long_skips.fuse(1, self.up2_1(h), skip1))
         h = self._level(self.decoder_level_1, 4, h, c2)
         return self.final_layer(self.output(h), c2).float()
-
-    def forward_with_cfg(self, x: Tensor, noise: Tensor, label: Tensor, cfg_scale: float) -> Tensor:
-        """Guided output [2 N, C_out, H, W] for labels [conditional, null].
-
-        The first half of ``x`` is used for both halves. Guidance null + s (conditional - null)
-        acts on the first three channels and both halves get its result; the other channels stay
-        as each half's own pass gave them. Images of fewer channels have fewer guided ones (not in
-        a ``from_official`` network, where the three may then include variance channels).
-        """
-        half = x[: len(x) // 2]
-        output = self(torch.cat([half, half]), noise, label)
-        guided = self.guided_channels
-        conditional, null = output[:, :guided].chunk(2)
-        mixed = null + cfg_scale * (conditional - null)
-        return torch.cat([torch.cat([mixed, mixed]), output[:, guided:]], dim=1)
 
     @torch.no_grad()
     def merged(self) -> "UDiT":
@@ -671,37 +607,3 @@ class UDiT(Backbone):
 
     def decoder_blocks(self) -> list[nn.Module]:
         return [self.reduce_chan_level1, self.reduce_chan_level2]
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of ours for a golden case of kind udit or udit-alt.
-
-    ``case`` is the JSON, ``tensors`` the safetensors file. Returns the ``out/...`` tensors that
-    the case stores. Activations and gradients belong to the training-mode pass, ``out/pred`` and
-    ``out/pred_cfg`` to the merged evaluation form.
-    """
-    network = UDiT.from_official(**case["constructor"])
-    same_side(case, "input_size", tensors)
-    scale = case.get("cfg_scale")
-    if (scale is None) != ("in/cfg_y" not in tensors):
-        raise ValueError("cfg_scale and in/cfg_y go together")
-    noise = tensors["in/t"]
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-    drops = [tensors.get(f"in/label_drop_uniform_{k}") for k in (1, 2, 3)]
-    uniform = None if any(drop is None for drop in drops) else drops
-
-    def forward(x: Tensor) -> Tensor:
-        return network(x, noise, label, label_drop_uniform=uniform)
-
-    outputs = replay(network, case, tensors, forward, "out/pred_train")
-    merged = network.merged()
-    with torch.no_grad():
-        outputs["out/pred"] = merged(tensors["in/x"], noise, label)
-        if "in/cfg_y" in tensors:
-            outputs["out/pred_cfg"] = merged.forward_with_cfg(
-                tensors["in/x"],
-                tensors["in/cfg_t"],
-                tensors["in/cfg_y"].long(),
-                scale,
-            )
-    return {name: tensor for name, tensor in outputs.items() if name in tensors}

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
-from study.backbones.golden import replay
 from study.skips import LongSkips, SkipShape
 
 
@@ -220,56 +219,6 @@ class UViT(Backbone):
             checkpointing=checkpointing,
         )
 
-    @classmethod
-    def from_official(cls, **constructor: Any) -> "UViT":
-        """Build from the arguments of the official classes ``UViT`` (of U-ViT and of ScaleLong).
-
-        ``clip_dim`` or ``num_clip_token`` selects the text-to-image class. ScaleLong's
-        ``scalelong`` is 0 (no scaling), 1 (1/sqrt 2), 2 (kappa^i), 3 (one gate) or 4 (one gate
-        per skip). ``num_classes`` is the number of rows of the label table: 1001 in the guided
-        ImageNet models, whose last row is the null label, and 1000 in the unguided ones, which
-        have none. ``qk_scale`` has no effect (fused attention ignores it officially),
-        ``use_checkpoint`` none on numbers, and ``norm_layer`` must be LayerNorm.
-        """
-        given = dict(constructor)
-        text = "clip_dim" in given or "num_clip_token" in given
-        labels = 0 if text else max(given.pop("num_classes", -1), 0)
-        norm = given.pop("norm_layer", "LayerNorm")
-        if getattr(norm, "__name__", str(norm)).rpartition(".")[2] != "LayerNorm":
-            raise ValueError(f"norm_layer {norm!r} is not available; it must be LayerNorm")
-        given.pop("qk_scale", None)
-        code, kappa = given.pop("scalelong", 0), given.pop("kappa", 0.5)
-        methods = {0: "none", 1: "inv_sqrt2", 2: "cs", 3: "ls", 4: "ls_unshared"}
-        if code not in methods:
-            raise ValueError(f"scalelong {code!r} is unknown; allowed: 0, 1, 2, 3, 4")
-        skip = given.pop("skip", True)
-        if not skip and code in (3, 4):
-            raise ValueError("learned skip scaling needs long skips, but skip is false")
-        channels = given.pop("in_chans", 3)
-        network = cls(
-            resolution=given.pop("img_size", 224),
-            channels=channels,
-            out_channels=channels,
-            patch_size=given.pop("patch_size", 16),
-            embed_dim=given.pop("embed_dim", 768),
-            depth=given.pop("depth", 12),
-            num_heads=given.pop("num_heads", 12),
-            mlp_ratio=given.pop("mlp_ratio", 4.0),
-            qkv_bias=given.pop("qkv_bias", False),
-            mlp_time_embed=given.pop("mlp_time_embed", False),
-            conv=given.pop("conv", True),
-            skip=skip,
-            labels=labels,
-            num_classes=labels,
-            context_dim=given.pop("clip_dim", 768) if text else None,
-            context_tokens=given.pop("num_clip_token", 77) if text else 77,
-            scaling={"method": methods[code], "kappa": kappa},
-            checkpointing=given.pop("use_checkpoint", False),
-        )
-        if given:
-            raise ValueError(f"unknown U-ViT arguments: {', '.join(sorted(given))}")
-        return network
-
     def forward(
         self,
         x: Tensor,
@@ -336,21 +285,3 @@ class UViT(Backbone):
 
     def decoder_blocks(self) -> list[nn.Module]:
         return list(self.out_blocks)[::-1] if len(self.long_skips) else []
-
-
-def run_parity_case(case: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Outputs of ours for a golden case of kind uvit, uvit-noskip, uvit-t2i or scalelong-*.
-
-    ``case`` is the JSON, ``tensors`` the safetensors file. Returns the ``out/...`` tensors that
-    the case stores.
-    """
-    network = UViT.from_official(**case["constructor"])
-    label = tensors["in/y"].long() if "in/y" in tensors else None
-
-    def forward(x: Tensor) -> Tensor:
-        return network(x, tensors["in/timesteps"], label, context=tensors.get("in/context"))
-
-    outputs = replay(network, case, tensors, forward, "out/pred")
-    if network.labels:
-        outputs["out/null_label"] = torch.full((len(tensors["in/x"]),), network.labels - 1)
-    return {name: tensor for name, tensor in outputs.items() if name in tensors}

@@ -7,12 +7,29 @@ import math
 from typing import Any
 
 from study.backbones.options import SongUNet
-from study.backbones.songunet import OFFICIAL
 from study.bounded import Object
 from study.files import UserError
 from study.importing.reading import arguments_of, simple
 from study.importing.settings import Description, Images, Settings, State
 from study.network import AUGMENT_LABELS
+
+OFFICIAL: dict[str, Any] = {
+    "label_dim": 0,
+    "augment_dim": 0,
+    "model_channels": 128,
+    "channel_mult": (1, 2, 2, 2),
+    "channel_mult_emb": 4,
+    "num_blocks": 4,
+    "attn_resolutions": (16,),
+    "dropout": 0.1,
+    "label_dropout": 0.0,
+    "embedding_type": "positional",
+    "channel_mult_noise": 1,
+    "encoder_type": "standard",
+    "decoder_type": "standard",
+    "resample_filter": (1, 1),
+}
+"""Defaults of the official SongUNet; img_resolution, in_channels, out_channels have none."""
 
 FORMULATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "EDMPrecond": ("edm", ("sigma_data", "sigma_min", "sigma_max")),

@@ -7,7 +7,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from study.parity import Damaged, Verdict, kind_of, read
+from study.parity.case import Damaged, kind_of, read
+from study.parity.judge import Verdict
 
 
 @dataclass(frozen=True)
@@ -150,9 +151,12 @@ SYSTEMS = (
         "U-ViT: diffusion and samplers",
         ("vpsde-*", "sampler-dpm-fast", "sampler-dpm-discrete", "sampler-em"),
         "test_diffusion.py, test_samplers.py",
-        dict.fromkeys(
-            ("beta_min", "beta_max", "orders", "guidance_scale", "n_classes", "component_std"), ()
-        ),
+        {
+            "sde": ("VPSDE", "VPSDECosine"),
+            "pred": ("noise_pred", "x0_pred"),
+            **dict.fromkeys(("beta_min", "beta_max", "orders"), ()),
+            **dict.fromkeys(("guidance_scale", "n_classes", "component_std"), ()),
+        },
         {"in/y": "class labels"},
     ),
     System(
@@ -195,7 +199,7 @@ SYSTEMS = (
     System(
         "Metrics",
         ("fid",),
-        "test_fidelity.py",
+        "test_parity_metrics.py, test_fidelity.py",
         dict.fromkeys(("k", "splits", "shuffle", "subsets", "subset_size"), ()),
     ),
 )
@@ -242,12 +246,13 @@ def coverage(folder: str | Path, verdicts: Iterable[Verdict]) -> str:
     lines = [
         "# Parity with the official implementations",
         "",
-        "<!-- made by: study parity DIR --markdown study/PARITY.md -->",
+        "<!-- made by: study parity tests/golden --markdown study/PARITY.md -->",
         "",
         f"{passed} of {len(verdicts)} golden cases pass. A case records weights, inputs and "
-        "outputs of a run of the official code; `study parity DIR` replays every case of a folder. "
-        "Below: which case exercises which value of which option. Values in the last column are in "
-        "no case of the folder; what is tested of them is in the files named under each heading.",
+        "outputs of a run of the official code; `study parity tests/golden` replays them (the "
+        "command takes any folder of cases). Below: which case exercises which value of which "
+        "option. Values in the last column are in no case; what is tested of them is in the files "
+        "named under each heading.",
     ]
     for system in SYSTEMS:
         cases = [
