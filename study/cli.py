@@ -331,7 +331,7 @@ def aggregate(
     out: Out,
 ) -> None:
     """Gather the files of all runs into tables."""
-    from study.analysis.tables import aggregate as run
+    from study.analysis.tables.aggregate import aggregate as run
 
     run(manifest, results, out)
 

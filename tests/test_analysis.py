@@ -22,9 +22,12 @@ from scipy import stats
 
 from study import arms, published
 from study.analysis import claims, evidence, figures, statistics, style
+from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
 from study.analysis.report import SECTIONS, report
-from study.analysis.tables import TABLES, MetricName, Tables, aggregate
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.columns import TABLES
+from study.analysis.tables.read import Tables
 from study.config import load
 from study.files import UserError
 

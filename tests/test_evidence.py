@@ -15,7 +15,8 @@ from study import published
 from study.analysis import evidence, style
 from study.analysis.claims import CONTRADICTED, REPRODUCED, UNTESTABLE
 from study.analysis.statistics import verdict
-from study.analysis.tables import Tables, aggregate
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 
 SQUARES = {"none": 4.0, "cs(0.9)": 3.0, "inv_sqrt2": 2.0, "cs(0.7)": 1.8, "cs(0.5)": 1.3}
 

@@ -17,7 +17,8 @@ from torch import nn
 
 from study.analysis import figures
 from study.analysis.figures_stability import largest_rates
-from study.analysis.tables import Tables, aggregate
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 from study.arms import complete, runs
 from study.config import check, load
 from study.data import Archive

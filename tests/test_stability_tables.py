@@ -15,9 +15,20 @@ from matplotlib.text import Text
 from miniature import base
 from scipy import stats
 
-from study.analysis import claims, figures, stability, statistics
+from study.analysis import claims, figures, statistics
+from study.analysis.names import ALL
 from study.analysis.report import report
-from study.analysis.tables import Tables, aggregate
+from study.analysis.tables import stability
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.measures import (
+    EVERY_RATE,
+    MEASURES,
+    NO_RATE,
+    SPLITS,
+    largest_rate,
+    measure_rows,
+)
+from study.analysis.tables.read import Tables
 from study.config import load
 from study.data.convert import convert
 from study.probes.base import probe
@@ -100,7 +111,7 @@ def made_up(
 
     ``notes`` by scaling and seed; None without a note: diverged. ``spacings`` by scaling.
     """
-    better = stability.MEASURES[measure].better
+    better = MEASURES[measure].better
     rows, seeds, specs = [], {}, {}
     for scaling, numbers in values.items():
         specs[scaling] = {
@@ -201,17 +212,17 @@ def test_the_sign_test_is_binomial():
 
 def test_every_run_has_a_row_for_every_measure(tables):
     rows = tables.measures
-    assert set(rows["measure"]) == set(stability.MEASURES)
+    assert set(rows["measure"]) == set(MEASURES)
     assert (rows.groupby("measure")["run"].nunique() == len(tables.runs)).all()
     lost = rows[rows["status"] == "diverged"].set_index("measure")
-    assert len(lost) == len(stability.MEASURES)
+    assert len(lost) == len(MEASURES)
     assert lost["value"].drop(["diverged", "largest_learning_rate"]).isna().all()
     assert lost.loc["diverged", "value"] == 1
     # Short trainings at other rates do not need the long one.
     assert lost.loc["largest_learning_rate", "value"] == RATES[0]
     assert re.fullmatch(r"training diverged at step \d+", lost.loc["feature_norm", "note"])
     absent = rows[rows["status"] == "missing"]
-    assert len(absent) == len(stability.MEASURES)
+    assert len(absent) == len(MEASURES)
     assert absent["value"].isna().all()
 
 
@@ -246,7 +257,7 @@ def test_gains_are_taken_at_the_smallest_perturbation(tables):
 )
 def test_the_largest_rate_ends_the_first_stretch_that_trained(outcomes, rate, words):
     frame = pd.DataFrame({"lr": RATES, "outcome": outcomes}).iloc[::-1]
-    found, note = stability.largest_rate(frame)
+    found, note = largest_rate(frame)
     assert found == rate
     assert words in note
 
@@ -255,14 +266,14 @@ def test_measures_that_nothing_stands_behind_are_absent(tmp_path):
     manifest = synthetic.build(tmp_path, **GRID, seeds=(0,), diverged=(), missing=(), logged=60)
     aggregate(manifest, manifest.parent, tmp_path / "tables")
     found = Tables.read(tmp_path / "tables")
-    assert set(found.measures["measure"]) == set(stability.MEASURES) - {
+    assert set(found.measures["measure"]) == set(MEASURES) - {
         *("robustness_gain", "network_gain", "largest_learning_rate")
     }
 
 
 def test_imported_weights_did_not_diverge_here():
     runs = [{"run": name, "status": "done", "step": 1} for name in ("a", "b")]
-    rows = stability.measure_rows(runs, [], {}, imported={"a"})
+    rows = measure_rows(runs, [], {}, imported={"a"})
     assert [(row["run"], row["value"]) for row in rows] == [("a", None), ("b", 0.0)]
     assert "imported" in rows[0]["note"]
 
@@ -391,7 +402,7 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
         "robustness": gains.assign(space="noise", relative=0.1),
         "stability_frontier": rates,
     }
-    measures = stability.measure_rows(runs, [], probes)
+    measures = measure_rows(runs, [], probes)
     specs = {
         arm: {"skip_scaling": {"method": method}, "target": {"kind": "dsm"}}
         for arm, method in (("n", "none"), ("c", "cs"))
@@ -417,16 +428,16 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
     ],
 )
 def test_rates_beyond_those_tried_are_noted_on_both_sides(sides, words):
-    notes = {(side, 0): stability._EVERY_RATE for side in sides}
+    notes = {(side, 0): EVERY_RATE for side in sides}
     assert words in compared({"none": [1.0, 1.0], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
 
 
 def test_ends_of_the_rates_on_both_sides_leave_no_bound():
-    notes = {("cs", 0): stability._EVERY_RATE, ("cs", 1): f"{stability._NO_RATE}, from 1 on"}
+    notes = {("cs", 0): EVERY_RATE, ("cs", 1): f"{NO_RATE}, from 1 on"}
     told = compared({"none": [1.0, 1.0], "cs": [3.0, 0.5]}, RATE, notes=notes)["note"]
     assert told.count("the factor is") == 1
     assert told.endswith("the factor is no bound")
-    notes = {("none", 1): f"{stability._NO_RATE}, from 1 on", ("cs", 0): stability._EVERY_RATE}
+    notes = {("none", 1): f"{NO_RATE}, from 1 on", ("cs", 0): EVERY_RATE}
     told = compared({"none": [1.0, 0.5], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
     assert told.endswith("the factor is a lower bound")
 
@@ -470,7 +481,7 @@ def test_a_seed_gives_one_mean_over_the_backbones():
     assert found["factor"] == pytest.approx(np.exp(logs.mean()))
     assert found["p_value"] == pytest.approx(stats.ttest_1samp(logs, 0).pvalue)
     assert (found["n_backbones"], found["n_pairs"], found["verdict"]) == (2, 3, "more stable")
-    assert found["line"] == stability.ALL
+    assert found["line"] == ALL
 
 
 def test_no_backbone_drops_out_of_the_mean_in_some_seeds():
@@ -694,7 +705,7 @@ def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
     words = "\n".join(text.get_text() for text in figures.stability(tables).findobj(Text))
     small_print = words.replace("\n", " ")
     assert "all backbones" in words
-    for measure in stability.MEASURES.values():
+    for measure in MEASURES.values():
         if measure.ratio:
             assert f"{measure.label.capitalize()}: {measure.words}." in small_print
     assert "n = 3 seeds per arm" in small_print
@@ -884,4 +895,4 @@ def test_several_networks_in_turn_have_no_end_of_training(tmp_path):
     rows = aggregated(manifest, tmp_path / "one").measures
     rows = rows[rows["measure"] == "feature_norm"].set_index("run")
     assert rows["value"].notna().sum() == 1
-    assert rows.loc[content["runs"][1]["run"], "note"] == stability._SPLITS
+    assert rows.loc[content["runs"][1]["run"], "note"] == SPLITS

@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from study import published
 from study.analysis import style
 from study.analysis.figures import describe_identity, leading_metric
-from study.analysis.stability import ALL, BLIND, MEASURES, Measure, overall
+from study.analysis.names import ALL
 from study.analysis.statistics import LEVEL, Verdict, holm, least_pairs, paired
-from study.analysis.tables import Tables
+from study.analysis.tables.measures import MEASURES, Measure
+from study.analysis.tables.read import Tables
+from study.analysis.tables.stability import BLIND, overall
 
 _SEEDS = ["data_seed", "init_seed", "noise_seed"]
 HALF = "inv_sqrt2"
@@ -622,7 +624,7 @@ def _divergence_sentence(tables: Tables) -> str:
 def scalelong_findings(tables: Tables) -> list[Finding]:
     """ScaleLong's claims about stability, judged on the DSM arms over all backbones at once.
 
-    The mean over the backbones decides (:func:`study.analysis.stability.overall`): a claim is
+    The mean over the backbones decides (``study.analysis.tables.stability.overall``): a claim is
     shown on average where at least one scaling differs on the claimed side after Holm's correction
     over the scalings (the claim about the order: where all CS and LS arms do). Backbones alone can
     take that away: there Holm's correction spans all backbones and scalings of the claim, and the

@@ -34,9 +34,10 @@ from study.analysis.claims import (
     without_option,
 )
 from study.analysis.figures_targets import distributions, noticed
-from study.analysis.stability import ALL, BLIND
+from study.analysis.names import ALL, better
 from study.analysis.statistics import Verdict, holm, paired, verdict
-from study.analysis.tables import Tables, better
+from study.analysis.tables.read import Tables
+from study.analysis.tables.stability import BLIND
 
 BLOCKS = 25
 """Blocks of noisy points, at most, behind a standard error of the probe target_variance."""

@@ -1,7 +1,7 @@
 """The figures: one function each, from the tables of a study to a matplotlib figure.
 
-A new figure is a function that takes :class:`~study.analysis.tables.Tables`, and one line above it:
-``@drawn``. Every figure says in small print how many runs, which metric and which seeds it shows.
+A new figure is a function that takes ``Tables``, and one line above it: ``@drawn``. Every figure
+says in small print how many runs, which metric and which seeds it shows.
 """
 
 import functools
@@ -25,8 +25,10 @@ from matplotlib.patches import Patch, Rectangle
 
 from study import bounded
 from study.analysis import statistics, style
-from study.analysis.stability import ALL, MEASURES, overall
-from study.analysis.tables import NOT_MEASURED, OTHERWISE, Tables
+from study.analysis.names import ALL, NOT_MEASURED, OTHERWISE
+from study.analysis.tables.measures import MEASURES
+from study.analysis.tables.read import Tables
+from study.analysis.tables.stability import overall
 from study.files import UserError, read_json
 from study.pictures import in_order
 

@@ -22,7 +22,7 @@ from study.analysis.figures import (
     drawn,
     text_figure,
 )
-from study.analysis.tables import Tables
+from study.analysis.tables.read import Tables
 
 
 def _first_runs(rows: pd.DataFrame) -> pd.DataFrame:

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 
 from study.analysis import style
 from study.analysis.figures import _line_grid, _made_of, _panels, _plain_log, drawn, text_figure
-from study.analysis.tables import Tables
+from study.analysis.tables.read import Tables
 
 DEPTH_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 QUANTITIES = {

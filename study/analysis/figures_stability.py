@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from study.analysis import stability, style
+from study.analysis import style
 from study.analysis.figures import (
     _arms,
     _empty,
@@ -21,7 +21,8 @@ from study.analysis.figures import (
     drawn,
     text_figure,
 )
-from study.analysis.tables import Tables
+from study.analysis.tables.measures import largest_rate
+from study.analysis.tables.read import Tables
 
 SPACES = {
     "noise": "predicted noise\ngain ‖Δf‖ / ‖δ‖",
@@ -32,12 +33,12 @@ RED = "#c1121f"
 
 
 def largest_rates(frame: pd.DataFrame) -> pd.Series:
-    """:func:`study.analysis.stability.largest_rate` by run; nan where no rate trained.
+    """:func:`study.analysis.tables.measures.largest_rate` by run; nan where no rate trained.
 
     ``frame`` holds rows of the stability frontier: ``run``, ``lr``, ``outcome``.
     """
     runs = [] if frame.empty else frame.groupby("run", sort=True)
-    rates = {run: stability.largest_rate(rows)[0] for run, rows in runs}
+    rates = {run: largest_rate(rows)[0] for run, rows in runs}
     return pd.Series(rates, name="largest_lr", dtype=float).rename_axis("run")
 
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from study.analysis import style
 from study.analysis.figures import _made_of, _panels, drawn, text_figure
-from study.analysis.tables import Tables
+from study.analysis.tables.read import Tables
 
 UNITS = {
     "x0": "target x₀",

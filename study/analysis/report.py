@@ -13,8 +13,9 @@ from study import published
 from study.analysis import evidence, style
 from study.analysis.claims import CONVERGED, label_bias, p_text, stability_answer
 from study.analysis.figures import FIGURES, absent, measured, short
-from study.analysis.stability import MEASURES, Measure
-from study.analysis.tables import NOT_MEASURED, Tables, better
+from study.analysis.names import NOT_MEASURED, better
+from study.analysis.tables.measures import MEASURES, Measure
+from study.analysis.tables.read import Tables
 from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
