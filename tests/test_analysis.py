@@ -22,9 +22,10 @@ from scipy import stats
 
 from study import arms, published
 from study.analysis import claims, evidence, figures, statistics, style
+from study.analysis.figures.samples import read_samples
 from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
-from study.analysis.report import SECTIONS, report
+from study.analysis.report import report
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.columns import TABLES
 from study.analysis.tables.read import Tables
@@ -516,7 +517,7 @@ def texts(figure) -> str:
 
 
 def test_every_figure_is_drawn_and_says_what_it_is_made_of(tables, drawn):
-    without_probe = set(figures.FIGURES) - set(figures.NEEDS)
+    without_probe = {name for name, one in figures.FIGURES.items() if one.probe is None}
     assert {path.stem for path in drawn.glob("*.svg")} == without_probe
     some = tables.only(family=["udit", "ncsnpp"], skip_scaling=["none", "ls"])
     for name in sorted(without_probe):
@@ -573,12 +574,12 @@ def test_only_the_first_samples_are_read(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3)).astype(np.uint8)
     for name, save in (("a", np.savez), ("b", np.savez_compressed)):
         save(tmp_path / f"{name}.npz", arr_0=images, arr_1=np.zeros(50))
-        assert (figures.read_samples(tmp_path / f"{name}.npz", 7) == images[:7]).all()
+        assert (read_samples(tmp_path / f"{name}.npz", 7) == images[:7]).all()
     np.savez(tmp_path / "none.npz", arr_0=images[:0])
-    assert figures.read_samples(tmp_path / "none.npz", 7).shape == (0, 8, 8, 3)
+    assert read_samples(tmp_path / "none.npz", 7).shape == (0, 8, 8, 3)
     np.savez(tmp_path / "float.npz", arr_0=images.astype(float))
     with pytest.raises(UserError, match="samples are uint8"):
-        figures.read_samples(tmp_path / "float.npz", 7)
+        read_samples(tmp_path / "float.npz", 7)
 
 
 def test_words_and_colours_are_fixed():
@@ -619,9 +620,9 @@ def test_the_report_is_one_file_that_needs_nothing_else(tree, drawn, tmp_path):
     assert set(re.findall(r'(?:src|href)="([^"#]{1,30})', page)) == {
         *("data:image/svg+xml;base64,PD94", "notebooks/overview.html")
     }
-    shown = set(figures.FIGURES) - set(figures.NEEDS)
+    shown = {name for name, one in figures.FIGURES.items() if one.probe is None}
     assert page.count('src="data:image/') == len(shown)
-    assert set(SECTIONS) == set(figures.FIGURES)
+    assert "more" not in {one.section for one in figures.FIGURES.values()}
     assert "100 runs of 50 arms, 97 finished, 2 diverged, 1 missing or unfinished" in page
     assert "1 of 100 runs has no metrics yet" in page
     assert "ncsnpp-ls-stf-s1" in page

@@ -17,12 +17,12 @@ from matplotlib.figure import Figure
 
 from study import published
 from study.analysis import style
-from study.analysis.figures import describe_identity, leading_metric
 from study.analysis.names import ALL
 from study.analysis.statistics import LEVEL, Verdict, holm, least_pairs, paired
 from study.analysis.tables.measures import MEASURES, Measure
 from study.analysis.tables.read import Tables
 from study.analysis.tables.stability import BLIND, overall
+from study.analysis.words import describe_identity, enumerate_words, p_text
 
 _SEEDS = ["data_seed", "init_seed", "noise_seed"]
 HALF = "inv_sqrt2"
@@ -96,7 +96,7 @@ def setting(tables: Tables) -> Any:
     """What this study is, for comparison with a paper's setting."""
     runs = tables.runs
     seeds = runs.groupby("arm")["run"].count()
-    metric = leading_metric(tables)
+    metric = tables.leading_metric()
     facts = {
         "data set": ", ".join(sorted(set(runs["dataset"]))),
         "about it": " ".join(sorted(set(runs["dataset_note"]) - {""})),
@@ -107,7 +107,9 @@ def setting(tables: Tables) -> Any:
         "training steps": _range(runs["steps"].dropna()),
         "images seen": _range(runs["images_seen"].dropna()),
         "parameters": _range(runs["parameters"].dropna()),
-        "metric": describe_identity(tables, metric) if metric else "nothing was measured",
+        "metric": describe_identity(metric, tables.identity(metric))
+        if metric
+        else "nothing was measured",
     }
     rows = {name: text for name, text in facts.items() if text}
     return grid(pd.DataFrame({"this study": rows}))
@@ -126,7 +128,7 @@ def metric_values(tables: Tables, metric: str | None = None) -> pd.Series:
 
     However a run was measured: :func:`pairs` holds apart what was measured in unlike ways.
     """
-    ways = tables.ways(leading_metric(tables, metric))
+    ways = tables.ways(metric or tables.leading_metric())
     rows = tables.metrics[tables.metrics["metric"].isin(ways)]
     return rows.set_index("run")["value"].dropna()
 
@@ -157,7 +159,7 @@ def pairs(
     runs = tables.runs.assign(value=tables.runs["run"].map(values)).dropna(subset=["value"])
     if column == "line":  # else both arms have one sampler and precision
         shared.append("way")
-        rows = tables.metrics[tables.metrics["metric"].isin(tables.ways(leading_metric(tables)))]
+        rows = tables.metrics[tables.metrics["metric"].isin(tables.ways(tables.leading_metric()))]
         ways = rows[rows["identity"] != ""].set_index("run")["identity"]
         runs = runs.assign(way=runs["run"].map(ways).fillna(""))
     sides = [
@@ -227,19 +229,6 @@ class StabilityAnswer:
     matrix: list[tuple[str, list[dict[str, str]]]]
     """(backbone, cells): the most stable scaling of each measure, ``word`` saying how surely;
     the first row is the mean over the backbones, where there are several."""
-
-
-def p_text(p: float) -> str:
-    """A p-value with three decimals; empty where there is none."""
-    if pd.isna(p):
-        return ""
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def enumerate_words(words: Iterable[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
-    parts = list(words)
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
 
 
 @dataclass(frozen=True)

@@ -22,22 +22,21 @@ from study.analysis.claims import (
     REPRODUCED,
     UNTESTABLE,
     averaged,
-    enumerate_words,
     grid,
     metric_values,
     not_testable,
-    p_text,
     pairs,
     say,
     show,
     unconditional,
     without_option,
 )
-from study.analysis.figures_targets import distributions, noticed
 from study.analysis.names import ALL, better
 from study.analysis.statistics import Verdict, holm, paired, verdict
 from study.analysis.tables.read import Tables
 from study.analysis.tables.stability import BLIND
+from study.analysis.tables.targets import distributions, noticed
+from study.analysis.words import enumerate_words, p_text
 
 BLOCKS = 25
 """Blocks of noisy points, at most, behind a standard error of the probe target_variance."""
@@ -47,7 +46,7 @@ LINEAR_STEPS, LINEAR_BETAS = 1000, (1e-4, 0.02)
 
 def picture(tables: Tables, name: str) -> Any:
     """A figure of a probe, or the sentence that this study does not have the probe."""
-    needed = figures.NEEDS.get(name)
+    needed = figures.FIGURES[name].probe
     if needed is not None and needed not in tables.probes:
         return say(
             f"*This study does not make the probe `{needed}`; `probes: [{needed}]` in its file "
@@ -374,7 +373,7 @@ def _against_dsm(
 
 def stable_quality(tables: Tables) -> list[tuple[dict[str, str], Verdict]]:
     """:func:`stable_targets` on the leading metric."""
-    metric = figures.leading_metric(tables)
+    metric = tables.leading_metric()
     if metric is None:
         return []
     claim, up = f"STF gives a better {metric}", better(metric) == "higher"
@@ -564,7 +563,7 @@ def long_skips(tables: Tables) -> list[Verdict]:
 
     On the unscaled DSM arms, with Holm's correction over the backbones that have such a twin.
     """
-    metric = figures.leading_metric(tables)
+    metric = tables.leading_metric()
     plain = tables.only(skip_scaling="none", target_kind="dsm")
     lines = style.order_lines(plain.runs["line"])
     answers = []

@@ -11,44 +11,16 @@ import pandas as pd
 
 from study import published
 from study.analysis import evidence, style
-from study.analysis.claims import CONVERGED, label_bias, p_text, stability_answer
-from study.analysis.figures import FIGURES, absent, measured, short
+from study.analysis.claims import CONVERGED, label_bias, stability_answer
+from study.analysis.figures import FIGURES
 from study.analysis.names import NOT_MEASURED, better
 from study.analysis.tables.measures import MEASURES, Measure
 from study.analysis.tables.read import Tables
+from study.analysis.words import absent, count, interval, measured, p_text, quantity, short, signed
 from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
 SVG_BYTES = 230_000
-# Where each figure stands on the page; a figure that is not named here goes to the last group.
-SECTIONS = {
-    "quality_heatmap": "quality",
-    "comparisons": "comparisons",
-    "sample_grids": "samples",
-    "training_dynamics": "training",
-    "gradient_norms": "training",
-    "loss_by_noise": "training",
-    "feature_norms": "skips",
-    "skip_norms": "skips",
-    "skip_factors": "skips",
-    "gates": "skips",
-    "block_norms": "skips",
-    "stability": "stability",
-    "stability_frontier": "stability",
-    "robustness": "stability",
-    "robustness_by_size": "stability",
-    "scaling_law_recursion": "theory",
-    "scaling_law_backbones": "theory",
-    "target_variance": "targets",
-    "stable_target_bias": "targets",
-    "optimal_denoiser": "targets",
-    "spectral_energy": "targets",
-    "representation_similarity": "representation",
-    "feature_spectra": "representation",
-    "cost": "cost",
-    "compute_cost": "cost",
-    "divergence": "divergence",
-}
 
 
 def report(manifest: str | Path | Mapping[str, Any], results: str | Path, out: str | Path) -> Path:
@@ -80,20 +52,6 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-
-
-def signed(value: float, like: float | None = None) -> str:
-    """A difference, with its sign and a true minus."""
-    return f"{'−' if value < 0 else '+'}{short(abs(value), like)}"
-
-
-def interval(low: float, high: float, like: float, form: Any = short) -> str:
-    """Both ends with the decimals that ``like`` is printed with."""
-    return "" if pd.isna(low) else f"[{form(low, like)}, {form(high, like)}]"
-
-
-def count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}".replace(",", "\N{NO-BREAK SPACE}")
 
 
 class _Page:
@@ -392,8 +350,7 @@ class _Page:
             if source is None:
                 continue
             caption = " ".join((function.__doc__ or name).split())
-            section = SECTIONS.get(name, "more")
-            answer.setdefault(section, []).append(
+            answer.setdefault(function.section, []).append(
                 {"name": name, "source": source, "caption": caption}
             )
         return answer
@@ -778,15 +735,6 @@ def embed(folder: Path, name: str) -> str | None:
         return None
     kind = "svg+xml" if path.suffix == ".svg" else "png"
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
-def quantity(value: Any) -> str:
-    """A number for a table: whole numbers grouped, others with three digits."""
-    if value is None or pd.isna(value):
-        return ""
-    if float(value) == int(value) or abs(value) >= 1e5:
-        return f"{round(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
-    return short(float(value))
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

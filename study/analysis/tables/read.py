@@ -120,6 +120,10 @@ class Tables:
 
         return sorted({name for name in self.metrics["metric"] if name}, key=rank)
 
+    def leading_metric(self) -> str | None:
+        """The study's leading metric, or None where nothing was measured."""
+        return next(iter(self.metric_names()), None)
+
     def ways(self, metric: str | None) -> list[str]:
         """The metric and all others that are the same but for how they were measured, it first.
 
