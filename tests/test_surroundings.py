@@ -37,7 +37,7 @@ run_notebook(sys.argv[3], *out, {"tables": sys.argv[1]})
 
 CELL = """
 from study.analysis import figures
-from study.analysis.claims import show
+from study.analysis.display import show
 from study.analysis.tables.read import Tables
 show(figures.quality_heatmap(Tables.read(tables + "/tables")))
 """

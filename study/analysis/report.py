@@ -10,12 +10,14 @@ import jinja2
 import pandas as pd
 
 from study import published
-from study.analysis import evidence, style
-from study.analysis.claims import CONVERGED, label_bias, stability_answer
+from study.analysis import style
 from study.analysis.figures import FIGURES
 from study.analysis.names import NOT_MEASURED, better
 from study.analysis.tables.measures import MEASURES, Measure
 from study.analysis.tables.read import Tables
+from study.analysis.verdicts import long_skips, patch_diffusion, scaling_laws, stf
+from study.analysis.verdicts.base import CONVERGED
+from study.analysis.verdicts.stability import stability_answer
 from study.analysis.words import absent, count, interval, measured, p_text, quantity, short, signed
 from study.files import read_json, write_bytes, write_text
 
@@ -104,7 +106,7 @@ class _Page:
             "comparisons": self.comparisons(),
             "stability": self.answer,
             "stability_tables": self.stability_tables(),
-            "label_bias": label_bias(self.tables),
+            "label_bias": stf.label_bias(self.tables),
             "verdicts": self.verdicts(),
             "cost": self.cost(),
             "diverged": self.diverged(),
@@ -252,14 +254,14 @@ class _Page:
         """By section: what its figures say about the papers' claims, as the notebooks say it."""
         tables = self.tables
         found = {
-            "comparisons": evidence.long_skips(tables),
-            "theory": [*evidence.laws(tables), *evidence.rank_summary(tables)],
+            "comparisons": long_skips.long_skips(tables),
+            "theory": [*scaling_laws.laws(tables), *scaling_laws.rank_summary(tables)],
             "targets": [
-                *(one for about, one in evidence.stable_quality(tables)[:1]),
-                *evidence.target_variance(tables),
-                *evidence.blur(tables),
+                *(one for about, one in stf.stable_quality(tables)[:1]),
+                *stf.target_variance(tables),
+                *patch_diffusion.blur(tables),
             ],
-            "representation": evidence.mirror_summary(tables),
+            "representation": long_skips.mirror_summary(tables),
         }
         return {
             section: [
@@ -331,7 +333,7 @@ class _Page:
                 "Means and tests hold the runs that finished; an arm that partly diverged looks "
                 "better, and steadier, than it is."
             )
-        bias = label_bias(self.tables)
+        bias = stf.label_bias(self.tables)
         if bias:
             answer.append(bias)
         answer.append(

@@ -95,3 +95,25 @@ def measured(identity: Mapping[str, Any]) -> str:
         + f" (NFE {identity.get('nfe')}), {identity.get('weights')} weights{more}, "
         f"{identity.get('tool')} {identity.get('tool_version')}"
     )
+
+
+def ends(counts: Iterable[float]) -> str:
+    """ "3", or "2 to 3"."""
+    numbers = sorted({int(count) for count in counts})
+    return f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def factor_words(row: pd.Series) -> str:
+    text = f"× {row['factor']:.3g}"
+    if pd.notna(row["factor_low"]):
+        text += f" [{row['factor_low']:.3g}, {row['factor_high']:.3g}]"
+    return text
+
+
+SEEN = "a factor of about {} could have been seen"
+
+
+def visible(factors: Iterable[float], words: str) -> str:
+    """``words`` with the median of the detectable factors; nothing where none is known."""
+    median = pd.Series(factors, dtype=float).median()
+    return "" if pd.isna(median) else words.format(f"{median:.3g}")
