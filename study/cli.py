@@ -368,7 +368,7 @@ def report(
     out: Out,
 ) -> None:
     """Render the page that people read first."""
-    from study.analysis.report import report as run
+    from study.analysis.report.page import report as run
 
     run(manifest, results, out)
 

@@ -25,7 +25,7 @@ from study.analysis import figures, statistics, style
 from study.analysis.figures.samples import read_samples
 from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
-from study.analysis.report import report
+from study.analysis.report.page import report
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.columns import TABLES
 from study.analysis.tables.read import Tables
@@ -604,7 +604,7 @@ def test_words_and_colours_are_fixed():
 
 def test_analysis_needs_no_torch():
     code = (
-        "import sys, study.analysis.report, study.analysis.figures.picture;"
+        "import sys, study.analysis.report.page, study.analysis.figures.picture;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

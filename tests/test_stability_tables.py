@@ -17,7 +17,7 @@ from scipy import stats
 
 from study.analysis import figures, statistics
 from study.analysis.names import ALL
-from study.analysis.report import report
+from study.analysis.report.page import report
 from study.analysis.tables import stability
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.measures import (

@@ -122,7 +122,7 @@ def test_awkward_texts_are_printed_as_they_are(tree, tmp_path):
     from matplotlib.text import Text
 
     from study.analysis import figures
-    from study.analysis.report import report
+    from study.analysis.report.page import report
     from study.analysis.tables.read import Tables
 
     tables = Tables.read(tree / "tables", tree)
