@@ -35,8 +35,7 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[f
 
 def geometric_mean(values: Sequence[float]) -> float:
     """exp(mean(ln x)) of positive values; nan where there is none."""
-    data = np.asarray(values, dtype=float)
-    return float(np.exp(np.log(data).mean())) if len(data) else math.nan
+    return float(stats.gmean(values)) if len(values) else math.nan
 
 
 def geometric_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
@@ -96,10 +95,10 @@ def paired(differences: Sequence[float], level: float = LEVEL) -> Paired:
     error = float(data.std(ddof=1)) / math.sqrt(n)
     if error <= 1e-12 * float(np.abs(data).max()):
         return Paired(n, mean, mean, mean, nan, nan, "identical differences: no spread to test")
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    test = stats.ttest_1samp(data, 0.0)
+    low, high = map(float, test.confidence_interval(level))
     detectable = _noncentrality(n - 1, level) * error
-    return Paired(n, mean, mean - half, mean + half, p, detectable, "")
+    return Paired(n, mean, low, high, float(test.pvalue), detectable, "")
 
 
 def paired_factor(logarithms: Sequence[float], level: float = LEVEL) -> Paired:
@@ -124,7 +123,7 @@ def sign_test(more: int, fewer: int) -> float:
     """
     if more + fewer == 0:
         return math.nan
-    return min(1.0, 2 * float(stats.binom.cdf(min(more, fewer), more + fewer, 0.5)))
+    return float(stats.binomtest(more, more + fewer).pvalue)
 
 
 def least_pairs(level: float = LEVEL) -> int:
