@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from study.analysis.tables.checks import log_spacings, quality_checks
+from study.analysis.tables.checks import quality_checks
 from study.analysis.tables.columns import COLUMNS, INTEGERS, NUMBERS
 from study.analysis.tables.dynamics import dynamics
 from study.analysis.tables.found import Found, labels
@@ -71,7 +71,7 @@ def _gather(
     imported = {one.run for one in found if "imported" in one.train}
     split = {one.run for one in found if one.splits}
     measures = measure_rows(runs, oscillation, probed, imported, split)
-    problems += quality_checks(found, runs, metrics) + log_spacings(oscillation)
+    problems += quality_checks(found, runs, metrics, oscillation)
     order = {"error": 0, "warning": 1, "note": 2}
     problems.sort(key=lambda row: (order[row["severity"]], row["check"], row["run"], row["detail"]))
     tables = {

@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 from study.analysis.names import NOT_MEASURED, OTHERWISE
@@ -20,36 +21,52 @@ _PLAUSIBLE = {
 }
 
 
-def quality_checks(found: list[Found], runs: list[dict], metrics: list[dict]) -> list[dict]:
-    problems = []
-    for one, row in zip(found, runs, strict=True):
-        run = one.run
-        if row["status"] == "missing":
-            problems.append(problem("warning", "missing run", run, "no train/status.json"))
-        elif row["status"] == "running":
-            detail = f"stopped or still running at step {row['step']} of {row['steps']}"
-            problems.append(problem("warning", "unfinished run", run, detail))
-        elif row["status"] == "done":
-            if not one.generate:
-                detail = "trained, but no generate/generate.json"
-                problems.append(problem("warning", "no samples", run, detail))
-            elif not one.fidelity:
-                detail = "sampled, but no evaluate/fidelity.json"
-                problems.append(problem("warning", "no evaluation", run, detail))
-            if one.generate.get("reason"):
-                detail = one.generate["reason"]
-                problems.append(problem("warning", "samples not finite", run, detail))
-            step, steps = row["step"], row["steps"]
-            if step is not None and steps is not None and step < steps:
-                detail = f"done at step {step} of {steps}"
-                problems.append(problem("error", "stopped early", run, detail))
-            if row["final_loss"] is None and "imported" not in one.train:
-                problems.append(problem("error", "non-finite loss", run, "final loss is missing"))
-        written = one.train.get("spec") if one.train else None
-        if written is not None and _completed(written) != _completed(one.spec):
-            detail = "the spec on disk is not the manifest's"
-            problems.append(problem("error", "other spec", run, detail))
-    problems += _identical_weights(found)
+def quality_checks(
+    found: list[Found], runs: list[dict], metrics: list[dict], oscillation: list[dict]
+) -> list[dict]:
+    return [
+        *(one for pair in zip(found, runs, strict=True) for one in _run_checks(*pair)),
+        *_identical_weights(found),
+        *_metric_checks(metrics),
+        *_mixtures(runs),
+        *_log_spacings(oscillation),
+    ]
+
+
+def _run_checks(one: Found, row: dict) -> Iterator[dict]:
+    """What a run lacks, or says that cannot be; ``row`` is that of ``runs.csv``."""
+    run, step, steps = one.run, row["step"], row["steps"]
+    if row["status"] == "missing":
+        yield problem("warning", "missing run", run, "no train/status.json")
+    elif row["status"] == "running":
+        detail = f"stopped or still running at step {step} of {steps}"
+        yield problem("warning", "unfinished run", run, detail)
+    elif row["status"] == "done":
+        if not one.generate:
+            yield problem("warning", "no samples", run, "trained, but no generate/generate.json")
+        elif not one.fidelity:
+            yield problem("warning", "no evaluation", run, "sampled, but no evaluate/fidelity.json")
+        if one.generate.get("reason"):
+            yield problem("warning", "samples not finite", run, one.generate["reason"])
+        if step is not None and steps is not None and step < steps:
+            yield problem("error", "stopped early", run, f"done at step {step} of {steps}")
+        if row["final_loss"] is None and "imported" not in one.train:
+            yield problem("error", "non-finite loss", run, "final loss is missing")
+    written = one.train.get("spec") if one.train else None
+    if written is not None and _completed(written) != _completed(one.spec):
+        yield problem("error", "other spec", run, "the spec on disk is not the manifest's")
+
+
+def _completed(spec: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of options that did not exist yet; a spec of another version as it is."""
+    try:
+        return complete(spec)
+    except UserError:
+        return spec
+
+
+def _metric_checks(metrics: list[dict]) -> Iterator[dict]:
+    """Metrics that are missing, out of their range, or measured in several ways."""
     ways = defaultdict(set)
     for row in metrics:
         if row["status"] == OTHERWISE:
@@ -59,16 +76,20 @@ def quality_checks(found: list[Found], runs: list[dict], metrics: list[dict]) ->
         low, high = _PLAUSIBLE.get(row["base"], (-math.inf, math.inf))
         if row["value"] is None and row["note"]:
             detail = f"{row['metric']}: {row['note']}"
-            problems.append(problem("warning", "metric not measured", row["run"], detail))
+            yield problem("warning", "metric not measured", row["run"], detail)
         elif row["value"] is None:
             detail = f"{row['metric']} is not finite"
-            problems.append(problem("error", "implausible metric", row["run"], detail))
+            yield problem("error", "implausible metric", row["run"], detail)
         elif not low <= row["value"] <= high:
             detail = f"{row['metric']} = {row['value']:.6g} outside [{low:g}, {high:g}]"
-            problems.append(problem("error", "implausible metric", row["run"], detail))
-    for metric, notes in sorted(ways.items()):
+            yield problem("error", "implausible metric", row["run"], detail)
+    for metric, notes in ways.items():
         detail = f"{metric}: other runs were {'; '.join(sorted(notes))}"
-        problems.append(problem("note", "several ways of measuring", "", detail))
+        yield problem("note", "several ways of measuring", "", detail)
+
+
+def _mixtures(runs: list[dict]) -> Iterator[dict]:
+    """In what the runs of the study differ that should be alike."""
     for column, check in (
         ("git_commit", "several commits"),
         ("device", "several devices"),
@@ -78,20 +99,11 @@ def quality_checks(found: list[Found], runs: list[dict], metrics: list[dict]) ->
     ):
         values = sorted({str(row[column]) for row in runs if row[column] not in ("", None)})
         if len(values) > 1:
-            problems.append(problem("note", check, "", ", ".join(values)))
+            yield problem("note", check, "", ", ".join(values))
     changed = sum(row["git_changed"] == "true" for row in runs)
     if changed:
         detail = f"{changed} runs were made from a source tree with uncommitted changes"
-        problems.append(problem("note", "uncommitted changes", "", detail))
-    return problems
-
-
-def _completed(spec: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of options that did not exist yet; a spec of another version as it is."""
-    try:
-        return complete(spec)
-    except UserError:
-        return spec
+        yield problem("note", "uncommitted changes", "", detail)
 
 
 def _identical_weights(found: list[Found]) -> list[dict]:
@@ -114,7 +126,7 @@ def _identical_weights(found: list[Found]) -> list[dict]:
     return answer
 
 
-def log_spacings(oscillation: list[dict]) -> list[dict]:
+def _log_spacings(oscillation: list[dict]) -> list[dict]:
     """Oscillations depend on the steps between logged points, which are no part of a run's spec."""
     unlike = {
         quantity: spacings(rows)

@@ -91,13 +91,13 @@ def verdicts(rows: Iterable[tuple[Mapping[str, str], Verdict]], factor: bool = F
     With ``factor`` the judged differences are logarithms of ratios and are shown as factors.
     """
     lines = []
-    for about, verdict in rows:
-        seen, form = verdict.evidence, (np.exp if factor else float)
+    for about, found in rows:
+        seen, form = found.evidence, (np.exp if factor else float)
         show_ends = seen is not None and not math.isnan(seen.low)
         lines.append(
             {
                 **about,
-                "verdict": verdict.word,
+                "verdict": found.word,
                 "factor" if factor else "mean difference": ""
                 if seen is None or seen.n == 0
                 else f"{form(seen.mean):.3g}",

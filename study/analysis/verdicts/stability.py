@@ -1,6 +1,8 @@
 """Which scaling is most stable, where, by how much, and how surely?"""
 
 import math
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -197,90 +199,87 @@ def _stability_summary(
     findings: list[Finding],
     mean: pd.DataFrame,
 ) -> list[str]:
+    if tables.stability.empty and not cells:
+        return []
+    others = [*_target_sentences(tables, mean), _divergence_sentence(tables)]
     if not cells:
-        if tables.stability.empty:
-            return []
         none = (
             "No scaled arm stands beside its unscaled arm here: this study tells no scalings apart."
         )
-        return [none, *_target_sentences(tables, mean), _divergence_sentence(tables)]
+        return [none, *others]
     tested = [cell for cell in cells if cell.tested]
-    answer = _overall_sentence(mean[mean["against"] == "none"])
     if tested:
-        shown = [
-            (cell, row) for cell in tested for _, row in cell.with_verdict("more stable").iterrows()
-        ]
-        places = {(cell.line, cell.measure.name) for cell, _ in shown}
-        text = (
-            f"Backbone by backbone: in {len(places)} of {len(tested)} combinations of backbone and "
-            "measure some scaling is shown to be more stable than no scaling"
-        )
-        if shown:
-            names = [style.scaling_label(row["skip_scaling"]) for _, row in shown]
-            gains = sorted(cell.gain(row) for cell, row in shown)
-            counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(names))]
-            text += f" ({enumerate_words(counts)}), " + (
-                f"by a factor of {gains[0]:.3g}"
-                if len(gains) == 1
-                else f"by factors from {gains[0]:.3g} to {gains[-1]:.3g}"
-            )
-        text += (
-            f"; were there no effect at all, {(1 - LEVEL) * len(tested):.2g} combinations would "
-            "still be expected to show a difference, one way or the other"
-        )
-        answer.append(f"{text}.")
-        where = [
-            f"{style.line_label(line)} ({sum(c.best is not None for c in part)} of "
-            f"{sum(c.tested for c in part)} measures)"
-            for line, part in by_line.items()
-            if any(cell.tested for cell in part)
-        ]
-        answer.append(f"By backbone: {', '.join(where)}.")
-        lost = [
-            (cell, row) for cell in tested for _, row in cell.with_verdict("less stable").iterrows()
-        ]
-        if lost:
-            places = {(cell.line, cell.measure.name) for cell, _ in lost}
-            counts = _ranked(
-                pd.Series([style.scaling_label(row["skip_scaling"]) for _, row in lost])
-            )
-            answer.append(
-                f"In {len(places)} of {len(tested)} combinations some scaling is shown to be less "
-                "stable than no scaling: "
-                f"{enumerate_words(f'{label} in {n}' for label, n in counts)}."
-            )
-        else:
-            answer.append("On no backbone alone is a scaling shown to be less stable than none.")
-        counted = ends(n for cell in tested for n in cell.rows["n_pairs"])
-        rates = [cell.tested for cell in cells if cell.measure.test == "sign"]
-        answer.append(
-            "How sure: paired t-tests of log ratios"
-            + (" (the largest learning rate: sign tests)" if any(rates) else "")
-            + f" over {counted} pairs of runs with equal "
-            "seeds, Holm-corrected over the tests of one measure on one backbone, 5 %."
-            + visible(
-                pd.concat([cell.rows["detectable_factor"] for cell in tested]),
-                " Where nothing is shown, a true factor below about {} would mostly have gone "
-                "unseen (median over all tests, before Holm's correction).",
-            )
-            + (
-                " The largest learning rate is not tested: a sign test needs "
-                f"{least_pairs()} unequal pairs."
-                if rates and not any(rates)
-                else ""
-            )
-        )
+        said = [*_shown_sentences(tested, by_line), _how_sure(tested, cells)]
     else:
-        seen = [cell.seen(several=False) for cell in cells]
-        counts = [f"{label} in {n}" for label, n in _ranked(pd.Series(seen))]
-        answer.append(
-            "No test of stability is possible with these pairs of runs. As seen, "
-            f"without a test, the most stable one in {len(cells)} combinations of backbone and "
-            f"measure is {enumerate_words(counts)}."
+        counts = _counted(cell.seen(several=False) for cell in cells)
+        said = [
+            "No test of stability is possible with these pairs of runs. As seen, without a test, "
+            f"the most stable one in {len(cells)} combinations of backbone and measure is {counts}."
+        ]
+    agreement = f"Does it agree with ScaleLong? {_agreement(findings)}"
+    return [*_overall_sentence(mean[mean["against"] == "none"]), *said, *others, agreement]
+
+
+def _shown_sentences(tested: list[_Cell], by_line: dict[str, list[_Cell]]) -> list[str]:
+    """In how many combinations of backbone and measure a scaling is more stable, or less."""
+
+    def found(verdict: str) -> tuple[list[tuple[_Cell, pd.Series]], int, str]:
+        rows = [(cell, row) for cell in tested for _, row in cell.with_verdict(verdict).iterrows()]
+        names = (style.scaling_label(row["skip_scaling"]) for _, row in rows)
+        return rows, len({(cell.line, cell.measure.name) for cell, _ in rows}), _counted(names)
+
+    shown, places, counts = found("more stable")
+    text = (
+        f"Backbone by backbone: in {places} of {len(tested)} combinations of backbone and measure "
+        "some scaling is shown to be more stable than no scaling"
+    )
+    if shown:
+        gains = sorted(cell.gain(row) for cell, row in shown)
+        text += f" ({counts}), " + (
+            f"by a factor of {gains[0]:.3g}"
+            if len(gains) == 1
+            else f"by factors from {gains[0]:.3g} to {gains[-1]:.3g}"
         )
-    answer += _target_sentences(tables, mean)
-    answer.append(_divergence_sentence(tables))
-    return [*answer, f"Does it agree with ScaleLong? {_agreement(findings)}"]
+    text += (
+        f"; were there no effect at all, {(1 - LEVEL) * len(tested):.2g} combinations would still "
+        "be expected to show a difference, one way or the other."
+    )
+    where = [
+        f"{style.line_label(line)} ({sum(c.best is not None for c in part)} of "
+        f"{sum(c.tested for c in part)} measures)"
+        for line, part in by_line.items()
+        if any(cell.tested for cell in part)
+    ]
+    lost, places, counts = found("less stable")
+    worse = "On no backbone alone is a scaling shown to be less stable than none."
+    if lost:
+        worse = (
+            f"In {places} of {len(tested)} combinations some scaling is shown to be less stable "
+            f"than no scaling: {counts}."
+        )
+    return [text, f"By backbone: {', '.join(where)}.", worse]
+
+
+def _how_sure(tested: list[_Cell], cells: list[_Cell]) -> str:
+    """Which tests stand behind the sentences on single backbones, and what they could see."""
+    rates = [cell.tested for cell in cells if cell.measure.test == "sign"]
+    text = "How sure: paired t-tests of log ratios"
+    text += " (the largest learning rate: sign tests)" if any(rates) else ""
+    text += (
+        f" over {ends(n for cell in tested for n in cell.rows['n_pairs'])} pairs of runs with "
+        "equal seeds, Holm-corrected over the tests of one measure on one backbone, 5 %."
+    )
+    text += visible(
+        pd.concat([cell.rows["detectable_factor"] for cell in tested]),
+        " Where nothing is shown, a true factor below about {} would mostly have gone unseen "
+        "(median over all tests, before Holm's correction).",
+    )
+    if rates and not any(rates):
+        text += (
+            " The largest learning rate is not tested: a sign test needs "
+            f"{least_pairs()} unequal pairs."
+        )
+    return text
 
 
 def _overall_sentence(rows: pd.DataFrame) -> list[str]:
@@ -354,10 +353,14 @@ def _target_sentences(tables: Tables, mean: pd.DataFrame) -> list[str]:
     return [*average, text]
 
 
-def _ranked(values: pd.Series) -> list[tuple[str, int]]:
+def _ranked(values: Iterable[str]) -> list[tuple[str, int]]:
     """Values by how often they occur, most often first, equals by name."""
-    counts = values.value_counts()
-    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return sorted(Counter(values).items(), key=lambda item: (-item[1], item[0]))
+
+
+def _counted(names: Iterable[str]) -> str:
+    """ "CS 0.7 in 3 and LS in 2"."""
+    return enumerate_words(f"{name} in {n}" for name, n in _ranked(names))
 
 
 def _divergence_sentence(tables: Tables) -> str:
