@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.lines import Line2D
 from study.analysis import statistics, style
 from study.analysis.figures.base import drawn, headline, line_grid, made_of, text_figure
 from study.analysis.names import ALL
-from study.analysis.tables.measures import MEASURES
+from study.analysis.tables.measures import MEASURES, Measure
 from study.analysis.tables.read import Tables
 from study.analysis.tables.stability import overall
 
@@ -37,66 +38,21 @@ def stability(tables: Tables) -> Figure:
         for i, scaling in enumerate(scalings)
         for j, target in enumerate(targets)
     }
-    pairs = sorted(set(rows["n_pairs"]))
     mean = overall(tables.stability_pairs)
     mean = mean[(mean["against"] == "none") & mean["factor"].notna()]
     lines = [ALL] * (not mean.empty) + style.order_lines(rows["line"])
-    rows = rows if mean.empty else pd.concat([mean, rows])
+    both = rows if mean.empty else pd.concat([mean, rows])
+    tested = bool(both["p_value"].notna().any())
     height = 0.44 + (0.085 + 0.035 * len(targets)) * len(scalings)
     fig, cells, first = line_grid(measures, lines, 1.0, height, most=6)
-    tested = bool(rows["p_value"].notna().any())
-    style.footer(
-        fig,
-        made_of(
-            tables,
-            more=f"Pairs of runs with equal seeds per arm: {', '.join(map(str, pairs))}. "
-            + (
-                "Bars: Student 95 % interval of the mean log ratio, as factors; they may leave the "
-                "panel. "
-                if (rows["factor_low"] < rows["factor_high"]).any()
-                else ""
-            )
-            + (
-                "All backbones: geometric mean of the backbones' factors in each seed that is "
-                "whole on all of them. "
-                if len(mean)
-                else ""
-            )
-            + (
-                "Filled: Holm-corrected p < 0.05 over the tests of that measure and panel. "
-                if tested
-                else "No test is possible (too few pairs, or none that differ in their factor): "
-                "factors are shown, not claimed. "
-            )
-            + " ".join(f"{m.label.capitalize()}: {m.words}." for m in measures),
-        ),
-    )
+    style.footer(fig, made_of(tables, more=_small_print(rows, mean, measures, tested)))
     colours = style.scaling_colours(tables.runs["skip_scaling"])
     for measure in measures:
-        here = rows[rows["measure"] == measure.name]
-        low, high = _factor_range(here)
+        here = both[both["measure"] == measure.name]
         for line in lines:
             axes = cells[measure, line]
-            axes.axvline(1, color="#888", lw=0.8, zorder=1)
-            for row in here[here["line"] == line].itertuples():
-                place, colour = places[row.skip_scaling, row.target], colours[row.skip_scaling]
-                if pd.notna(row.factor_low):
-                    axes.plot([row.factor_low, row.factor_high], [place] * 2, color=colour, lw=1.2)
-                sure = pd.notna(row.p_holm) and row.p_holm < 1 - statistics.LEVEL
-                axes.plot(
-                    [row.factor],
-                    [place],
-                    marker="o" if row.target == "dsm" else "D",
-                    color=colour,
-                    ms=3.8 if row.target == "dsm" else 3.2,
-                    mfc=colour if sure else "white",
-                    mew=1,
-                )
-            axes.set_xscale("log")
-            axes.set_xlim(low, high)
-            axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(_factor_ticks(low, high)))
-            axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
-            axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+            _draw_factors(axes, here[here["line"] == line], places, colours)
+            _factor_axis(axes, *_factor_range(here))
             axes.set_yticks(range(len(scalings)), [])
             axes.set_ylim(len(scalings) - 0.5, -0.5)
             axes.grid(False, axis="y")
@@ -108,25 +64,74 @@ def stability(tables: Tables) -> Figure:
             text = "\n".join([*words, f"({side}: more stable)"])
             # Lying, for a standing label is longer than a row of few scalings is high.
             axes.set_ylabel(text, fontsize=5.8, rotation=0, ha="right", va="center")
-    shapes = {"dsm": ("o", 3.8)}
-    handles = [
-        Line2D([], [], ls="", marker=marker, ms=size, color="#555", mfc="white", label=label)
-        for marker, size, label in (
-            (*shapes.get(target, ("D", 3.2)), style.target_label(target)) for target in targets
-        )
-        if len(targets) > 1
+    _mark_legend(fig, targets, tested)
+    headline(fig, "Factor against no scaling, same backbone and target")
+    return fig
+
+
+def _small_print(
+    rows: pd.DataFrame, mean: pd.DataFrame, measures: list[Measure], tested: bool
+) -> str:
+    both = pd.concat([mean, rows]) if len(mean) else rows
+    parts = [
+        "Pairs of runs with equal seeds per arm: "
+        f"{', '.join(map(str, sorted(set(rows['n_pairs']))))}."
     ]
-    if tested:
-        handles.append(
-            Line2D([], [], ls="", marker="o", ms=3.8, color="#555", label="Holm p < 0.05")
+    if (both["factor_low"] < both["factor_high"]).any():
+        parts.append(
+            "Bars: Student 95 % interval of the mean log ratio, as factors; they may leave the "
+            "panel."
         )
+    if len(mean):
+        parts.append(
+            "All backbones: geometric mean of the backbones' factors in each seed that is whole on "
+            "all of them."
+        )
+    parts.append(
+        "Filled: Holm-corrected p < 0.05 over the tests of that measure and panel."
+        if tested
+        else "No test is possible (too few pairs, or none that differ in their factor): factors "
+        "are shown, not claimed."
+    )
+    return " ".join([*parts, *(f"{m.label.capitalize()}: {m.words}." for m in measures)])
+
+
+MARKS = {"dsm": ("o", 3.8)}
+"""Marker and its size, by target."""
+
+
+def _draw_factors(axes: Any, rows: pd.DataFrame, places: dict, colours: dict[str, str]) -> None:
+    """A mark for each arm, filled where it is sure, with its interval."""
+    axes.axvline(1, color="#888", lw=0.8, zorder=1)
+    for row in rows.itertuples():
+        place, colour = places[row.skip_scaling, row.target], colours[row.skip_scaling]
+        if pd.notna(row.factor_low):
+            axes.plot([row.factor_low, row.factor_high], [place] * 2, color=colour, lw=1.2)
+        sure = pd.notna(row.p_holm) and row.p_holm < 1 - statistics.LEVEL
+        marker, size = MARKS.get(row.target, ("D", 3.2))
+        fill = colour if sure else "white"
+        axes.plot([row.factor], [place], marker=marker, color=colour, ms=size, mfc=fill, mew=1)
+
+
+def _factor_axis(axes: Any, low: float, high: float) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    axes.xaxis.set_major_locator(matplotlib.ticker.FixedLocator(_factor_ticks(low, high)))
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
+
+
+def _mark_legend(fig: Figure, targets: list[str], tested: bool) -> None:
+    look = {"ls": "", "color": "#555"}
+    handles = []
+    for target in targets if len(targets) > 1 else []:
+        marker, size = MARKS.get(target, ("D", 3.2))
+        label = style.target_label(target)
+        handles.append(Line2D([], [], marker=marker, ms=size, mfc="white", label=label, **look))
+    if tested:
+        handles.append(Line2D([], [], marker="o", ms=3.8, label="Holm p < 0.05", **look))
     if handles:
         fig.legend(handles=handles, loc="outside upper right", ncols=len(handles))
-    headline(
-        fig,
-        "Factor against no scaling, same backbone and target",
-    )
-    return fig
 
 
 def _factor_range(rows: pd.DataFrame) -> tuple[float, float]:

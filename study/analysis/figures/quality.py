@@ -189,32 +189,7 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     )
     for (_, line), axes in cells.items():
         axes.axvline(0, color="#888", lw=0.8, zorder=1)
-        for position, key in enumerate(order):
-            found = rows[
-                (rows["line"] == line)
-                & (rows["skip_scaling"] == key[0])
-                & (rows["target"] == key[1])
-            ]
-            for row in found.itertuples():
-                colour = colours[key[0]]
-                if pd.notna(row.ci_low):
-                    axes.plot(
-                        [row.ci_low, row.ci_high],
-                        [position] * 2,
-                        color=colour,
-                        lw=1.3,
-                        ls="-",
-                    )
-                significant = pd.notna(row.p_holm) and row.p_holm < 0.05
-                axes.plot(
-                    [row.mean_difference],
-                    [position],
-                    marker="o" if key[1] == "dsm" else "D",
-                    color=colour,
-                    ms=4,
-                    mfc=colour if significant else "white",
-                    mew=1.1,
-                )
+        _draw_differences(axes, rows[rows["line"] == line], order, colours)
         axes.grid(False, axis="y")
         axes.set_xlabel("difference")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
@@ -232,3 +207,18 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
         f"({side} of zero is better)",
     )
     return fig
+
+
+def _draw_differences(axes: Any, rows: pd.DataFrame, order: list, colours: dict[str, str]) -> None:
+    """A mark for each arm, filled where it is sure, with its interval."""
+    for position, (scaling, target) in enumerate(order):
+        colour, marker = colours[scaling], "o" if target == "dsm" else "D"
+        found = rows[(rows["skip_scaling"] == scaling) & (rows["target"] == target)]
+        for row in found.itertuples():
+            if pd.notna(row.ci_low):
+                ends = [row.ci_low, row.ci_high]
+                axes.plot(ends, [position] * 2, color=colour, lw=1.3, ls="-")
+            sure = pd.notna(row.p_holm) and row.p_holm < 0.05
+            fill = colour if sure else "white"
+            place = [row.mean_difference], [position]
+            axes.plot(*place, marker=marker, color=colour, ms=4, mfc=fill, mew=1.1)

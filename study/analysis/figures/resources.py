@@ -61,57 +61,43 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
     for axes, (column, label) in zip(axes_list, panels, strict=True):
         known = arms[arms[column].notna()]
         _frontier(axes, known, column, lower)
-        for row in known.itertuples():
-            x, colour = getattr(row, column), colours[row.skip_scaling]
-            if pd.notna(row.ci_low):
-                axes.plot([x, x], [row.ci_low, row.ci_high], color=colour, lw=0.7, alpha=0.6)
-            axes.plot(
-                [x],
-                [row.mean],
-                marker=marks[row.line],
-                ms=4.5,
-                color=colour,
-                mew=0.9,
-                ls="",
-                mfc=colour if row.target == "dsm" else "white",
-            )
-        values = known[column].to_numpy(dtype=float)
-        if len(values) and values.min() > 0 and values.max() / values.min() > 8:
-            axes.set_xscale("log")
-        else:
-            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
-            axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(thousands))
+        _cost_points(axes, known, column, colours, marks)
         axes.set_xlabel(label)
     side = "lower" if lower else "higher"
     axes_list[0].set_ylabel(f"{style.metric_label(metric)}\n({side} is better)")
-    handles = [
+    _cost_legend(fig, arms, colours, marks)
+    return fig
+
+
+def _cost_points(axes: Any, arms: pd.DataFrame, column: str, colours: dict, marks: dict) -> None:
+    """A mark for each arm, on an axis that is logarithmic where costs span a wide range."""
+    for row in arms.itertuples():
+        x, colour = getattr(row, column), colours[row.skip_scaling]
+        if pd.notna(row.ci_low):
+            axes.plot([x, x], [row.ci_low, row.ci_high], color=colour, lw=0.7, alpha=0.6)
+        fill = colour if row.target == "dsm" else "white"
+        look = {"marker": marks[row.line], "ms": 4.5, "mew": 0.9, "ls": ""}
+        axes.plot([x], [row.mean], color=colour, mfc=fill, **look)
+    values = arms[column].to_numpy(dtype=float)
+    if len(values) and values.min() > 0 and values.max() / values.min() > 8:
+        axes.set_xscale("log")
+    else:
+        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+        axes.xaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(thousands))
+
+
+def _cost_legend(fig: Figure, arms: pd.DataFrame, colours: dict, marks: dict) -> None:
+    look = {"ls": "", "color": "#555"}
+    handles: list[Any] = [
         Patch(color=colour, label=style.scaling_label(scaling))
         for scaling, colour in colours.items()
     ]
-    for line in style.order_lines(arms["line"]):
-        handles.append(
-            Line2D(
-                [],
-                [],
-                marker=marks[line],
-                ls="",
-                color="#555",
-                ms=4.5,
-                label=style.line_label(line),
-            )
-        )
+    handles += [
+        Line2D([], [], marker=marks[line], ms=4.5, label=style.line_label(line), **look)
+        for line in style.order_lines(arms["line"])
+    ]
     if (arms["target"] != "dsm").any():
-        handles.append(
-            Line2D(
-                [],
-                [],
-                marker="o",
-                ls="",
-                color="#555",
-                mfc="white",
-                label="hollow: STF",
-            )
-        )
+        handles.append(Line2D([], [], marker="o", mfc="white", label="hollow: STF", **look))
     widest = max(len(handle.get_label()) for handle in handles)
     fig.legend(
         handles=handles,
@@ -120,7 +106,6 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
         handlelength=1.2,
         columnspacing=1.2,
     )
-    return fig
 
 
 def _frontier(axes: Any, arms: pd.DataFrame, column: str, lower: bool) -> None:
@@ -197,66 +182,69 @@ def compute_cost(tables: Tables) -> Figure:
     colours = style.scaling_colours(tables.runs["skip_scaling"])
     panels = panel_grid(fig, len(quantities), len(quantities), sharey=True)
     for axes, quantity in zip(panels, quantities, strict=True):
-        name, unit, divisor, _ = COSTS[quantity]
         panel = means[means["quantity"] == quantity]
-        ratios = []
-        for place, line in enumerate(lines):
-            here = panel[panel["line"] == line].set_index(["skip_scaling", "target"])["value"]
-            base = here.get(("none", targets[0]))
-            if base is None:
-                continue
-            words = _scaled(base / divisor, unit)
-            axes.annotate(
-                words,
-                (1, place - 0.36),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="center",
-                fontsize=5.6,
-                color="#777",
-            )
-            for (scaling, target), value in here.items():
-                offset = (scalings.index(scaling) - (len(scalings) - 1) / 2) * 0.115
-                ratios.append(value / base)
-                axes.plot(
-                    [value / base],
-                    [place + 0.06 + offset],
-                    marker="o" if target == targets[0] else "D",
-                    ms=3.2,
-                    mew=0.8,
-                    color=colours[scaling],
-                    mfc=colours[scaling] if target == targets[0] else "white",
-                    zorder=3,
-                )
-        axes.axvline(1, color="#999", lw=0.7, zorder=1)
-        low, high = min([0.97, *ratios]), max([1.03, *ratios])
-        margin = 0.06 * (high - low)
-        axes.set_xlim(low - margin, high + margin)
-        axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
-        axes.set_title(name)
+        _relative_costs(axes, quantity, panel, lines, scalings, targets[0], colours)
+        axes.set_title(COSTS[quantity][0])
         axes.set_xlabel("relative to none")
         axes.set_yticks(range(len(lines)), [style.line_label(line) for line in lines])
         axes.set_ylim(len(lines) - 0.5, -0.5)
         axes.grid(False, axis="y")
         for edge in range(1, len(lines)):
             axes.axhline(edge - 0.5, color="#e6e6e6", lw=0.5, zorder=0)
-    handles: list[Any] = [
-        Line2D([], [], color=colours[s], ls="", marker="o", ms=3.5, label=style.scaling_label(s))
+    look = {"ls": "", "ms": 3.5}
+    handles = [
+        Line2D([], [], color=colours[s], marker="o", label=style.scaling_label(s), **look)
         for s in scalings
     ]
-    if len(targets) > 1:
-        handles += [
-            Line2D(
-                [],
-                [],
-                color="#555",
-                ls="",
-                marker="o" if target == targets[0] else "D",
-                ms=3.5,
-                mfc="#555" if target == targets[0] else "white",
-                label=style.target_label(target),
-            )
-            for target in targets
-        ]
+    for target in targets if len(targets) > 1 else []:
+        look |= {"color": "#555", "label": style.target_label(target)}
+        marker, fill = ("o", "#555") if target == targets[0] else ("D", "white")
+        handles.append(Line2D([], [], marker=marker, mfc=fill, **look))
     fig.legend(handles=handles, loc="outside upper center", ncols=len(handles), handletextpad=0.2)
     return fig
+
+
+def _relative_costs(
+    axes: Any,
+    quantity: str,
+    panel: pd.DataFrame,
+    lines: list[str],
+    scalings: list[str],
+    target: str,
+    colours: dict[str, str],
+) -> None:
+    """A mark for each arm, relative to its backbone's unscaled arm with the first target."""
+    _, unit, divisor, _ = COSTS[quantity]
+    ratios = []
+    for place, line in enumerate(lines):
+        here = panel[panel["line"] == line].set_index(["skip_scaling", "target"])["value"]
+        base = here.get(("none", target))
+        if base is None:
+            continue
+        axes.annotate(
+            _scaled(base / divisor, unit),
+            (1, place - 0.36),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            va="center",
+            fontsize=5.6,
+            color="#777",
+        )
+        for (scaling, kind), value in here.items():
+            offset = (scalings.index(scaling) - (len(scalings) - 1) / 2) * 0.115
+            ratios.append(value / base)
+            axes.plot(
+                [value / base],
+                [place + 0.06 + offset],
+                marker="o" if kind == target else "D",
+                ms=3.2,
+                mew=0.8,
+                color=colours[scaling],
+                mfc=colours[scaling] if kind == target else "white",
+                zorder=3,
+            )
+    axes.axvline(1, color="#999", lw=0.7, zorder=1)
+    low, high = min([0.97, *ratios]), max([1.03, *ratios])
+    margin = 0.06 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))

@@ -1,6 +1,7 @@
 """How did training go, and which runs diverged?"""
 
 import math
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -158,11 +159,18 @@ def divergence(tables: Tables) -> Figure:
         more += f" {len(lost) - len(shown)} further diverged runs are in the table."
     style.footer(fig, made_of(tables, more=more))
     left, right = fig.subplots(1, 2, width_ratios=(1, 1.25))
-    started = runs[runs["status"] != "missing"]
-    group = started.assign(lost=started["status"] == "diverged").groupby(["line", "skip_scaling"])
-    share = group["lost"].mean().unstack().reindex(index=lines, columns=scalings)
-    count = group["lost"].sum().unstack().reindex(index=lines, columns=scalings)
-    total = group["lost"].size().unstack().reindex(index=lines, columns=scalings)
+    _shares_lost(left, runs[runs["status"] != "missing"], lines, scalings)
+    _ends(right, shown, style.scaling_colours(runs["skip_scaling"]))
+    return fig
+
+
+def _shares_lost(axes: Any, runs: pd.DataFrame, lines: list[str], scalings: list[str]) -> None:
+    """Diverged of all runs by backbone and scaling, coloured by their share."""
+    lost = runs.assign(lost=runs["status"] == "diverged").groupby(["line", "skip_scaling"])["lost"]
+    share, count, total = (
+        table.unstack().reindex(index=lines, columns=scalings)
+        for table in (lost.mean(), lost.sum(), lost.size())
+    )
     words = [
         [
             "" if pd.isna(total.iloc[i, j]) else f"{count.iloc[i, j]:.0f}/{total.iloc[i, j]:.0f}"
@@ -172,7 +180,7 @@ def divergence(tables: Tables) -> Figure:
     ]
     sns.heatmap(
         share.astype(float),
-        ax=left,
+        ax=axes,
         vmin=0,
         vmax=1,
         cmap="Reds",
@@ -183,37 +191,34 @@ def divergence(tables: Tables) -> Figure:
         linecolor="white",
         annot_kws={"fontsize": 7},
     )
-    left.grid(False)
-    left.set(xlabel="skip scaling", ylabel="")
-    left.set_title("runs that diverged")
+    axes.grid(False)
+    axes.set(xlabel="skip scaling", ylabel="")
+    axes.set_title("runs that diverged")
     names = [style.scaling_label(s).replace("LS unshared", "LS\nunshared") for s in scalings]
-    left.set_xticklabels(names, rotation=0)
-    left.set_yticklabels([style.line_label(line) for line in lines], rotation=0)
-    left.tick_params(length=0)
-    colours = style.scaling_colours(runs["skip_scaling"])
+    axes.set_xticklabels(names, rotation=0)
+    axes.set_yticklabels([style.line_label(line) for line in lines], rotation=0)
+    axes.tick_params(length=0)
+
+
+def _ends(axes: Any, lost: pd.DataFrame, colours: dict[str, str]) -> None:
+    """A bar for each diverged run, up to the step at which it did, with the reason."""
     names = []
-    for position, row in enumerate(shown.itertuples()):
-        right.plot([0, row.steps], [position] * 2, color="#e3e3e3", lw=3, solid_capstyle="butt")
-        right.plot(
-            [0, row.step],
-            [position] * 2,
-            color=colours[row.skip_scaling],
-            lw=3,
-            solid_capstyle="butt",
-        )
-        right.plot([row.step], [position], marker="X", color="#c1121f", ms=5, mec="white", mew=0.5)
-        right.text(row.steps, position, f" {row.reason}", va="center", fontsize=5.8, color="#444")
+    bar = {"lw": 3, "solid_capstyle": "butt"}
+    for position, row in enumerate(lost.itertuples()):
+        axes.plot([0, row.steps], [position] * 2, color="#e3e3e3", **bar)
+        axes.plot([0, row.step], [position] * 2, color=colours[row.skip_scaling], **bar)
+        axes.plot([row.step], [position], marker="X", color="#c1121f", ms=5, mec="white", mew=0.5)
+        axes.text(row.steps, position, f" {row.reason}", va="center", fontsize=5.8, color="#444")
         names.append(
             f"{style.line_label(row.line)}, {style.scaling_label(row.skip_scaling)}, "
             f"{style.target_label(row.target)}, seed {row.seed}"
         )
-    right.set_yticks(range(len(names)), names, fontsize=6)
-    right.set_ylim(len(names) - 0.4, -0.6)
-    longest = int(shown["steps"].max())
-    right.set_xlim(0, longest * 1.3)
-    right.grid(False, axis="y")
-    right.set_title("step at which they diverged")
-    steps_axis(right)
+    axes.set_yticks(range(len(names)), names, fontsize=6)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    longest = int(lost["steps"].max())
+    axes.set_xlim(0, longest * 1.3)
+    axes.grid(False, axis="y")
+    axes.set_title("step at which they diverged")
+    steps_axis(axes)
     ticks = matplotlib.ticker.MaxNLocator(4).tick_values(0, longest)
-    right.set_xticks([tick for tick in ticks if 0 <= tick <= longest])
-    return fig
+    axes.set_xticks([tick for tick in ticks if 0 <= tick <= longest])
