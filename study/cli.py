@@ -331,7 +331,7 @@ def aggregate(
     out: Out,
 ) -> None:
     """Gather the files of all runs into tables."""
-    from study.analysis.tables import aggregate as run
+    from study.analysis.tables.aggregate import aggregate as run
 
     run(manifest, results, out)
 
@@ -368,7 +368,7 @@ def report(
     out: Out,
 ) -> None:
     """Render the page that people read first."""
-    from study.analysis.report import report as run
+    from study.analysis.report.page import report as run
 
     run(manifest, results, out)
 

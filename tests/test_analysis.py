@@ -21,10 +21,17 @@ from miniature import base
 from scipy import stats
 
 from study import arms, published
-from study.analysis import claims, evidence, figures, statistics, style
+from study.analysis import figures, statistics, style
+from study.analysis.figures.samples import read_samples
+from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
-from study.analysis.report import SECTIONS, report
-from study.analysis.tables import TABLES, MetricName, Tables, aggregate
+from study.analysis.report.page import report
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.columns import TABLES
+from study.analysis.tables.read import Tables
+from study.analysis.verdicts.base import final_levels, metric_values, pairs
+from study.analysis.verdicts.stability import stability_answer
+from study.analysis.verdicts.stf import stable_quality
 from study.config import load
 from study.files import UserError
 
@@ -244,7 +251,7 @@ def test_curves_are_thinned_and_keep_their_level(tables, tree):
 
 
 def test_oscillation_is_the_relative_wobble_at_the_end_of_training(tables):
-    levels = claims.final_levels(tables, "decoder_norm_after", "1", "oscillation")
+    levels = final_levels(tables, "decoder_norm_after", "1", "oscillation")
     scaling = tables.runs.set_index("run")["skip_scaling"]
     means = levels.groupby(scaling).mean()
     # The tree wobbles with standard deviation 0.08 x growth.
@@ -343,8 +350,8 @@ def test_verdicts_are_honest_about_few_pairs():
 
 
 def test_pairs_differ_in_one_column_alone(tables):
-    values = claims.metric_values(tables)
-    both = claims.pairs(tables, values, "target", "stf", "dsm")
+    values = metric_values(tables)
+    both = pairs(tables, values, "target", "stf", "dsm")
     # 25 arms x 2 seeds, less one missing and two diverged.
     assert len(both) == 47
     row = both[(both["line"] == "uvit") & (both["skip_scaling"] == "ls")].iloc[0]
@@ -396,10 +403,10 @@ def test_a_backbone_that_was_measured_otherwise_is_not_missing(two_ways):
     assert (own["n_pairs"] == 3).all() and set(own["line"]) == {"uvit", "ncsnpp"}
     away = tables.comparisons[tables.comparisons["n_pairs"] == 0]
     assert set(away["note"]) == {"3 pairs left out: measured otherwise"}
-    values = claims.metric_values(tables)
+    values = metric_values(tables)
     assert len(values) == len(tables.runs)
-    assert len(claims.pairs(tables, values, "skip_scaling", "cs(0.7)", "none")) == 12
-    assert claims.pairs(tables, values, "line", "uvit", "ncsnpp").empty
+    assert len(pairs(tables, values, "skip_scaling", "cs(0.7)", "none")) == 12
+    assert pairs(tables, values, "line", "uvit", "ncsnpp").empty
 
 
 def test_every_backbone_has_its_best_arm_however_it_was_measured(two_ways, tmp_path):
@@ -462,9 +469,9 @@ def test_stable_targets_are_not_judged_on_arms_that_know_the_class(tmp_path):
     against = tables.stability[tables.stability["against"] == "dsm"]
     assert len(against) and set(against["verdict"]) == {"no test"}
     assert not (tables.stability_pairs["against"] == "dsm").any()
-    said = " ".join(claims.stability_answer(tables).summary)
+    said = " ".join(stability_answer(tables).summary)
     assert "STF against DSM at the same backbone and scaling: no verdict" in said
-    ((_, found),) = evidence.stable_quality(tables)
+    ((_, found),) = stable_quality(tables)
     assert found.word == "not testable at this budget"
     assert "told the class" in found.reason
     page = report(made, made.parent, tmp_path / "page").read_text()
@@ -513,7 +520,7 @@ def texts(figure) -> str:
 
 
 def test_every_figure_is_drawn_and_says_what_it_is_made_of(tables, drawn):
-    without_probe = set(figures.FIGURES) - set(figures.NEEDS)
+    without_probe = {name for name, one in figures.FIGURES.items() if one.probe is None}
     assert {path.stem for path in drawn.glob("*.svg")} == without_probe
     some = tables.only(family=["udit", "ncsnpp"], skip_scaling=["none", "ls"])
     for name in sorted(without_probe):
@@ -570,12 +577,12 @@ def test_only_the_first_samples_are_read(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3)).astype(np.uint8)
     for name, save in (("a", np.savez), ("b", np.savez_compressed)):
         save(tmp_path / f"{name}.npz", arr_0=images, arr_1=np.zeros(50))
-        assert (figures.read_samples(tmp_path / f"{name}.npz", 7) == images[:7]).all()
+        assert (read_samples(tmp_path / f"{name}.npz", 7) == images[:7]).all()
     np.savez(tmp_path / "none.npz", arr_0=images[:0])
-    assert figures.read_samples(tmp_path / "none.npz", 7).shape == (0, 8, 8, 3)
+    assert read_samples(tmp_path / "none.npz", 7).shape == (0, 8, 8, 3)
     np.savez(tmp_path / "float.npz", arr_0=images.astype(float))
     with pytest.raises(UserError, match="samples are uint8"):
-        figures.read_samples(tmp_path / "float.npz", 7)
+        read_samples(tmp_path / "float.npz", 7)
 
 
 def test_words_and_colours_are_fixed():
@@ -597,7 +604,7 @@ def test_words_and_colours_are_fixed():
 
 def test_analysis_needs_no_torch():
     code = (
-        "import sys, study.analysis.report, study.analysis.figures, study.analysis.claims;"
+        "import sys, study.analysis.report.page, study.analysis.figures.picture;"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -616,9 +623,9 @@ def test_the_report_is_one_file_that_needs_nothing_else(tree, drawn, tmp_path):
     assert set(re.findall(r'(?:src|href)="([^"#]{1,30})', page)) == {
         *("data:image/svg+xml;base64,PD94", "notebooks/overview.html")
     }
-    shown = set(figures.FIGURES) - set(figures.NEEDS)
+    shown = {name for name, one in figures.FIGURES.items() if one.probe is None}
     assert page.count('src="data:image/') == len(shown)
-    assert set(SECTIONS) == set(figures.FIGURES)
+    assert "more" not in {one.section for one in figures.FIGURES.values()}
     assert "100 runs of 50 arms, 97 finished, 2 diverged, 1 missing or unfinished" in page
     assert "1 of 100 runs has no metrics yet" in page
     assert "ncsnpp-ls-stf-s1" in page

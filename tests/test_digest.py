@@ -142,9 +142,11 @@ def test_stages_depend_on_their_rooms_only():
     for foreign in ("study.analysis", "study.fidelity", "study.generation", "study.published"):
         assert not any(module.startswith(foreign) for module in train), foreign
     figures = names(verbs["figures"])
-    assert "study.analysis.figures" in figures
+    assert "study.analysis.figures.quality" in figures
     assert not any(module.startswith(("study.training", "study.backbones")) for module in figures)
-    assert "study.analysis.figures" not in names(verbs["aggregate"])
+    tables = names(verbs["aggregate"])
+    for foreign in ("figures", "style", "words", "tables.read", "report", "notebook"):
+        assert not any(one.startswith(f"study.analysis.{foreign}") for one in tables), foreign
     assert not any(module.startswith("study.training") for module in names(verbs["evaluate"]))
 
 

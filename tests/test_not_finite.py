@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from study.analysis import figures
-from study.analysis.report import report
-from study.analysis.tables import Tables, aggregate
+from study.analysis.report.page import report
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 from study.arms import manifest, runs
 from study.autoencoder import load_decoder
 from study.config import load

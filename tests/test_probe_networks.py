@@ -13,8 +13,9 @@ from miniature import base
 from torch import nn
 
 from study.analysis import figures
-from study.analysis.figures_networks import ridge
-from study.analysis.tables import Tables, aggregate
+from study.analysis.figures.representation import ridge
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 from study.arms import complete, runs
 from study.config import load
 from study.data import Archive

@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from miniature import base
 
 from study.analysis import figures
-from study.analysis.tables import Tables, aggregate
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 from study.arms import manifest, runs
 from study.config import load
 from study.data import Archive

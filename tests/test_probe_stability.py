@@ -16,8 +16,9 @@ from miniature import base
 from torch import nn
 
 from study.analysis import figures
-from study.analysis.figures_stability import largest_rates
-from study.analysis.tables import Tables, aggregate
+from study.analysis.figures.rates import largest_rates
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
 from study.arms import complete, runs
 from study.config import check, load
 from study.data import Archive
@@ -451,7 +452,7 @@ def test_frontier_shows_the_largest_rate_and_who_diverged(folder, tmp_path):
 
 @pytest.mark.parametrize("name", ["robustness", "robustness_by_size", "stability_frontier"])
 def test_nothing_to_draw_is_said_in_words(folder, name):
-    kind = figures.NEEDS[name]
+    kind = figures.FIGURES[name].probe
     assert "probed" in texts(figures.FIGURES[name](with_rows(folder, kind, [])))
 
 

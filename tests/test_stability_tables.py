@@ -15,9 +15,29 @@ from matplotlib.text import Text
 from miniature import base
 from scipy import stats
 
-from study.analysis import claims, figures, stability, statistics
-from study.analysis.report import report
-from study.analysis.tables import Tables, aggregate
+from study.analysis import figures, statistics
+from study.analysis.names import ALL
+from study.analysis.report.page import report
+from study.analysis.tables import stability
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.measures import (
+    EVERY_RATE,
+    MEASURES,
+    NO_RATE,
+    SPLITS,
+    largest_rate,
+    measure_rows,
+)
+from study.analysis.tables.read import Tables
+from study.analysis.verdicts.base import averaged, final_levels
+from study.analysis.verdicts.scalelong import (
+    _judge,
+    factor_table,
+    findings_table,
+    scalelong_findings,
+)
+from study.analysis.verdicts.stability import _cells, _matrix_cell, arm_words, stability_answer
+from study.analysis.verdicts.stf import label_bias
 from study.config import load
 from study.data.convert import convert
 from study.probes.base import probe
@@ -100,7 +120,7 @@ def made_up(
 
     ``notes`` by scaling and seed; None without a note: diverged. ``spacings`` by scaling.
     """
-    better = stability.MEASURES[measure].better
+    better = MEASURES[measure].better
     rows, seeds, specs = [], {}, {}
     for scaling, numbers in values.items():
         specs[scaling] = {
@@ -201,17 +221,17 @@ def test_the_sign_test_is_binomial():
 
 def test_every_run_has_a_row_for_every_measure(tables):
     rows = tables.measures
-    assert set(rows["measure"]) == set(stability.MEASURES)
+    assert set(rows["measure"]) == set(MEASURES)
     assert (rows.groupby("measure")["run"].nunique() == len(tables.runs)).all()
     lost = rows[rows["status"] == "diverged"].set_index("measure")
-    assert len(lost) == len(stability.MEASURES)
+    assert len(lost) == len(MEASURES)
     assert lost["value"].drop(["diverged", "largest_learning_rate"]).isna().all()
     assert lost.loc["diverged", "value"] == 1
     # Short trainings at other rates do not need the long one.
     assert lost.loc["largest_learning_rate", "value"] == RATES[0]
     assert re.fullmatch(r"training diverged at step \d+", lost.loc["feature_norm", "note"])
     absent = rows[rows["status"] == "missing"]
-    assert len(absent) == len(stability.MEASURES)
+    assert len(absent) == len(MEASURES)
     assert absent["value"].isna().all()
 
 
@@ -246,7 +266,7 @@ def test_gains_are_taken_at_the_smallest_perturbation(tables):
 )
 def test_the_largest_rate_ends_the_first_stretch_that_trained(outcomes, rate, words):
     frame = pd.DataFrame({"lr": RATES, "outcome": outcomes}).iloc[::-1]
-    found, note = stability.largest_rate(frame)
+    found, note = largest_rate(frame)
     assert found == rate
     assert words in note
 
@@ -255,14 +275,14 @@ def test_measures_that_nothing_stands_behind_are_absent(tmp_path):
     manifest = synthetic.build(tmp_path, **GRID, seeds=(0,), diverged=(), missing=(), logged=60)
     aggregate(manifest, manifest.parent, tmp_path / "tables")
     found = Tables.read(tmp_path / "tables")
-    assert set(found.measures["measure"]) == set(stability.MEASURES) - {
+    assert set(found.measures["measure"]) == set(MEASURES) - {
         *("robustness_gain", "network_gain", "largest_learning_rate")
     }
 
 
 def test_imported_weights_did_not_diverge_here():
     runs = [{"run": name, "status": "done", "step": 1} for name in ("a", "b")]
-    rows = stability.measure_rows(runs, [], {}, imported={"a"})
+    rows = measure_rows(runs, [], {}, imported={"a"})
     assert [(row["run"], row["value"]) for row in rows] == [("a", None), ("b", 0.0)]
     assert "imported" in rows[0]["note"]
 
@@ -391,7 +411,7 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
         "robustness": gains.assign(space="noise", relative=0.1),
         "stability_frontier": rates,
     }
-    measures = stability.measure_rows(runs, [], probes)
+    measures = measure_rows(runs, [], probes)
     specs = {
         arm: {"skip_scaling": {"method": method}, "target": {"kind": "dsm"}}
         for arm, method in (("n", "none"), ("c", "cs"))
@@ -417,16 +437,16 @@ def test_gains_that_are_not_finite_and_runs_that_train_at_no_rate_are_counted():
     ],
 )
 def test_rates_beyond_those_tried_are_noted_on_both_sides(sides, words):
-    notes = {(side, 0): stability._EVERY_RATE for side in sides}
+    notes = {(side, 0): EVERY_RATE for side in sides}
     assert words in compared({"none": [1.0, 1.0], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
 
 
 def test_ends_of_the_rates_on_both_sides_leave_no_bound():
-    notes = {("cs", 0): stability._EVERY_RATE, ("cs", 1): f"{stability._NO_RATE}, from 1 on"}
+    notes = {("cs", 0): EVERY_RATE, ("cs", 1): f"{NO_RATE}, from 1 on"}
     told = compared({"none": [1.0, 1.0], "cs": [3.0, 0.5]}, RATE, notes=notes)["note"]
     assert told.count("the factor is") == 1
     assert told.endswith("the factor is no bound")
-    notes = {("none", 1): f"{stability._NO_RATE}, from 1 on", ("cs", 0): stability._EVERY_RATE}
+    notes = {("none", 1): f"{NO_RATE}, from 1 on", ("cs", 0): EVERY_RATE}
     told = compared({"none": [1.0, 0.5], "cs": [3.0, 1.0]}, RATE, notes=notes)["note"]
     assert told.endswith("the factor is a lower bound")
 
@@ -470,7 +490,7 @@ def test_a_seed_gives_one_mean_over_the_backbones():
     assert found["factor"] == pytest.approx(np.exp(logs.mean()))
     assert found["p_value"] == pytest.approx(stats.ttest_1samp(logs, 0).pvalue)
     assert (found["n_backbones"], found["n_pairs"], found["verdict"]) == (2, 3, "more stable")
-    assert found["line"] == stability.ALL
+    assert found["line"] == ALL
 
 
 def test_no_backbone_drops_out_of_the_mean_in_some_seeds():
@@ -489,8 +509,8 @@ def test_pairs_of_runs_are_averaged_like_measures():
     rows = [("a", 0, 1.0), ("a", 1, 3.0), ("b", 0, 5.0), ("b", 1, np.nan), ("b", 2, 7.0)]
     both = pd.DataFrame(rows, columns=["line", "data_seed", "difference"])
     both = both.assign(init_seed=both["data_seed"], noise_seed=both["data_seed"])
-    assert claims.averaged(both, "difference").tolist() == [3.0]
-    assert claims.averaged(both[both["line"] == "a"], "difference").empty
+    assert averaged(both, "difference").tolist() == [3.0]
+    assert averaged(both[both["line"] == "a"], "difference").empty
 
 
 def test_arms_that_differ_in_more_than_their_scaling_have_means_of_their_own():
@@ -501,7 +521,7 @@ def test_arms_that_differ_in_more_than_their_scaling_have_means_of_their_own():
     found = stability.overall(pd.concat(sizes))
     assert found["setting"].tolist() == ["target.reference=64", "target.reference=512"]
     assert found["n_pairs"].tolist() == [2, 2]
-    words = [claims._arm_words(row, True) for _, row in found.iterrows()]
+    words = [arm_words(row, True) for _, row in found.iterrows()]
     assert words[0] == "cs, STF (target.reference=64)"
 
 
@@ -509,8 +529,8 @@ def test_a_backbone_that_lost_every_pair_leaves_no_mean():
     rows = [("a", 0, 1.0), ("b", 0, 5.0)]
     both = pd.DataFrame(rows, columns=["line", "data_seed", "difference"])
     both = both.assign(init_seed=0, noise_seed=0)
-    assert claims.averaged(both, "difference", ["a", "b"]).tolist() == [3.0]
-    assert claims.averaged(both, "difference", ["a", "b", "lost"]).empty
+    assert averaged(both, "difference", ["a", "b"]).tolist() == [3.0]
+    assert averaged(both, "difference", ["a", "b", "lost"]).empty
 
 
 def test_one_backbone_has_no_mean_over_backbones():
@@ -552,7 +572,7 @@ def test_arms_without_an_unscaled_arm_say_so():
 
 
 def test_the_answer_counts_what_was_shown(tables):
-    answer = claims.stability_answer(tables)
+    answer = stability_answer(tables)
     shown = tables.stability[
         (tables.stability["against"] == "none") & (tables.stability["verdict"] == "more stable")
     ]
@@ -586,7 +606,7 @@ def judged(every: bool = False, **arms: list[tuple[float, float]]) -> tuple[str,
         for line, tests in arms.items()
         for p, side in tests
     ]
-    return claims._judge(pd.DataFrame(rows), averages(), every)
+    return _judge(pd.DataFrame(rows), averages(), every)
 
 
 def averages(*tests: tuple[float, float]) -> pd.DataFrame:
@@ -636,7 +656,7 @@ def test_the_mean_over_the_backbones_decides(mean, arms, word):
         {"line": line, "p_value": p, "side": side, "detectable": 1.5}
         for line, (p, side) in zip(("uvit", "udit"), arms, strict=True)
     ]
-    found, count, reason = claims._judge(pd.DataFrame(rows), averages(*mean))
+    found, count, reason = _judge(pd.DataFrame(rows), averages(*mean))
     assert found == word
     assert ("on average" in count) == (mean != [NONE])
     assert reason.startswith("On average over 2 backbones: CS 0.7 × ") == (mean != [NONE])
@@ -644,17 +664,17 @@ def test_the_mean_over_the_backbones_decides(mean, arms, word):
 
 def test_the_order_needs_every_scaling_on_average():
     alone = pd.DataFrame({"line": ["uvit"], "p_value": 0.5, "side": -1.0, "detectable": 1.5})
-    assert claims._judge(alone, averages(YES, YES), every=True)[0] == "reproduced"
-    assert claims._judge(alone, averages(YES, SAME), every=True)[0] == "not testable at this budget"
+    assert _judge(alone, averages(YES, YES), every=True)[0] == "reproduced"
+    assert _judge(alone, averages(YES, SAME), every=True)[0] == "not testable at this budget"
 
 
 def test_a_tie_is_no_win_for_no_scaling():
     rows = pd.DataFrame(made_up({"none": [0.1, 0.3], "cs": [0.1, 0.3]}, RATE))
     rows = rows.assign(skip_scaling="cs(0.7)", target="dsm")
-    (cell,) = claims._cells(rows)
-    assert claims._matrix_cell(cell, False)["text"] == "a tie with no scaling"
+    (cell,) = _cells(rows)
+    assert _matrix_cell(cell, False)["text"] == "a tie with no scaling"
     worse = rows.assign(factor=0.5)
-    assert claims._matrix_cell(claims._cells(worse)[0], False)["text"] == "no scaling"
+    assert _matrix_cell(_cells(worse)[0], False)["text"] == "no scaling"
 
 
 def test_a_claim_is_corrected_over_all_its_backbones():
@@ -678,23 +698,23 @@ def test_the_order_needs_every_arm_of_a_backbone():
 
 
 def test_published_factors_stand_beside_the_feature_norm(tables):
-    first = claims.scalelong_findings(tables)[0]
+    first = scalelong_findings(tables)[0]
     # Figure 1 at depth 12: 1.97 unscaled, 1.38, 1.09 and 0.98.
     assert "depth 12: 1/sqrt2-CS × 0.70, LS × 0.55, CS × 0.50" in first.reason
 
 
 def test_label_bias_is_said_only_of_conditional_networks(tables):
     told = replace(tables, runs=tables.runs.assign(conditional="true"))
-    assert claims.label_bias(told).startswith("6 arms are class-conditional")
-    assert claims.label_bias(told.only(target_kind="dsm")) is None
-    assert claims.label_bias(tables) is None
+    assert label_bias(told).startswith("6 arms are class-conditional")
+    assert label_bias(told.only(target_kind="dsm")) is None
+    assert label_bias(tables) is None
 
 
 def test_the_figure_shows_every_measure_twice_alike(tables, tree, tmp_path):
     words = "\n".join(text.get_text() for text in figures.stability(tables).findobj(Text))
     small_print = words.replace("\n", " ")
     assert "all backbones" in words
-    for measure in stability.MEASURES.values():
+    for measure in MEASURES.values():
         if measure.ratio:
             assert f"{measure.label.capitalize()}: {measure.words}." in small_print
     assert "n = 3 seeds per arm" in small_print
@@ -723,7 +743,7 @@ def test_the_report_answers_which_scaling_is_stable(tree, tmp_path):
     )
     page = report(tree, tree.parent, tmp_path).read_text()
     section = page[page.index('<section id="stability">') : page.index('<section id="cost">')]
-    for line in claims.stability_answer(Tables.read(tree.parent / "tables")).summary:
+    for line in stability_answer(Tables.read(tree.parent / "tables")).summary:
         assert str(escape(line)) in section
     assert section.count('src="data:image/') == 1
     assert "ScaleLong’s claims" in section
@@ -747,13 +767,13 @@ def test_notebook_and_report_say_the_same_of_scalelong(tree, tables, tmp_path):
     source = "".join("".join(cell["source"]) + "\n" for cell in notebook["cells"])
     assert "verdict(" not in source  # no test of its own
     assert "findings_table(study)" in source
-    shown = claims.findings_table(tables).data
-    for finding in claims.scalelong_findings(tables):
+    shown = findings_table(tables).data
+    for finding in scalelong_findings(tables):
         for text in (finding.claim, finding.word, finding.reason):
             assert str(escape(text)) in page
             assert text.replace("&", "&amp;") in shown
     row = row_of(tables, "feature_norm", "uvit / cs(0.7) / dsm")
-    table = claims.factor_table(tables.only(target_kind="dsm"), "feature_norm").data
+    table = factor_table(tables.only(target_kind="dsm"), "feature_norm").data
     assert f"[{row['factor_low']:.3g}, {row['factor_high']:.3g}]" in table
     assert table.count("<tr") == 1 + 2 + 4  # head, both scalings on average, both on two backbones
     assert table.index("all backbones") < table.index("U-ViT")
@@ -878,10 +898,10 @@ def test_several_networks_in_turn_have_no_end_of_training(tmp_path):
     manifest.write_text(json.dumps(content))
     found = aggregated(manifest, tmp_path / "tables")
     assert set(found.measures["measure"]) == {"diverged"}
-    assert claims.final_levels(found, "loss").empty
+    assert final_levels(found, "loss").empty
     content["runs"][0]["spec"]["formulation"]["split"] = 0  # one of the networks, by itself
     manifest.write_text(json.dumps(content))
     rows = aggregated(manifest, tmp_path / "one").measures
     rows = rows[rows["measure"] == "feature_norm"].set_index("run")
     assert rows["value"].notna().sum() == 1
-    assert rows.loc[content["runs"][1]["run"], "note"] == stability._SPLITS
+    assert rows.loc[content["runs"][1]["run"], "note"] == SPLITS

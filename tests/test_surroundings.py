@@ -37,8 +37,8 @@ run_notebook(sys.argv[3], *out, {"tables": sys.argv[1]})
 
 CELL = """
 from study.analysis import figures
-from study.analysis.claims import show
-from study.analysis.tables import Tables
+from study.analysis.display import show
+from study.analysis.tables.read import Tables
 show(figures.quality_heatmap(Tables.read(tables + "/tables")))
 """
 
@@ -63,7 +63,7 @@ def tree(tmp_path_factory) -> Path:
     for entry in content["runs"][:2]:
         entry["display"] = content["config"]["arms"][0]["name"]
     made.write_text(json.dumps(content), encoding="utf-8")
-    from study.analysis.tables import aggregate
+    from study.analysis.tables.aggregate import aggregate
 
     aggregate(made, made.parent, made.parent / "tables")
     return made.parent
@@ -122,8 +122,8 @@ def test_awkward_texts_are_printed_as_they_are(tree, tmp_path):
     from matplotlib.text import Text
 
     from study.analysis import figures
-    from study.analysis.report import report
-    from study.analysis.tables import Tables
+    from study.analysis.report.page import report
+    from study.analysis.tables.read import Tables
 
     tables = Tables.read(tree / "tables", tree)
     figure = figures.quality_heatmap(tables)

@@ -205,7 +205,7 @@ CODE = append("\n\nADDED = 1\n")
 
 
 def test_plot_function_draws_again(finished):
-    with finished.edited("study/analysis/figures.py", CODE):
+    with finished.edited("study/analysis/figures/quality.py", CODE):
         again = finished.todo()
     assert set(again) <= set(AFTERWARDS) - {"aggregate"}
     assert {"figures", "report"} <= set(again)

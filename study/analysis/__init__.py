@@ -1,4 +1,10 @@
-"""Tables, statistics, figures and the report; needs no torch.
+"""Tables, statistics, verdicts, figures and the report; needs no torch.
+
+Imports point one way, and none of the two packages in the middle imports the other:
+
+    report, notebook -> figures | verdicts -> display -> style, words -> tables -> statistics, names
+
+``tables`` are made once and read by all others; a figure or a verdict that changes makes none anew.
 
 Whatever draws is imported from here, so that this comes before matplotlib reads its settings.
 """

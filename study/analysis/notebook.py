@@ -121,7 +121,7 @@ def render(content: Any, title: str) -> str:
     from nbconvert.preprocessors import TagRemovePreprocessor
     from traitlets.config import Config
 
-    from study.analysis.report import environment
+    from study.analysis.pages import environment
 
     exporter = HTMLExporter(
         template_name="notebook",

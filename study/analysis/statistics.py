@@ -35,8 +35,7 @@ def bootstrap_interval(values: Sequence[float], level: float = LEVEL) -> tuple[f
 
 def geometric_mean(values: Sequence[float]) -> float:
     """exp(mean(ln x)) of positive values; nan where there is none."""
-    data = np.asarray(values, dtype=float)
-    return float(np.exp(np.log(data).mean())) if len(data) else math.nan
+    return float(stats.gmean(values)) if len(values) else math.nan
 
 
 def geometric_interval(values: Sequence[float], level: float = LEVEL) -> tuple[float, float]:
@@ -96,10 +95,10 @@ def paired(differences: Sequence[float], level: float = LEVEL) -> Paired:
     error = float(data.std(ddof=1)) / math.sqrt(n)
     if error <= 1e-12 * float(np.abs(data).max()):
         return Paired(n, mean, mean, mean, nan, nan, "identical differences: no spread to test")
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * error
-    p = 2 * float(stats.t.sf(abs(mean) / error, n - 1))
+    test = stats.ttest_1samp(data, 0.0)
+    low, high = map(float, test.confidence_interval(level))
     detectable = _noncentrality(n - 1, level) * error
-    return Paired(n, mean, mean - half, mean + half, p, detectable, "")
+    return Paired(n, mean, low, high, float(test.pvalue), detectable, "")
 
 
 def paired_factor(logarithms: Sequence[float], level: float = LEVEL) -> Paired:
@@ -124,7 +123,7 @@ def sign_test(more: int, fewer: int) -> float:
     """
     if more + fewer == 0:
         return math.nan
-    return min(1.0, 2 * float(stats.binom.cdf(min(more, fewer), more + fewer, 0.5)))
+    return float(stats.binomtest(more, more + fewer).pvalue)
 
 
 def least_pairs(level: float = LEVEL) -> int:
@@ -199,43 +198,3 @@ def wobble(steps: np.ndarray, values: np.ndarray) -> np.ndarray:
     centred = values - values.mean(axis=0)
     slope = x @ centred / (x @ x)
     return np.sqrt(((centred - np.outer(x, slope)) ** 2).sum(axis=0) / (len(x) - 2))
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a study says about a published claim: one word and its reason in numbers."""
-
-    word: str  # "reproduced" | "not reproduced" | "not testable at this budget"
-    reason: str
-    evidence: Paired | None = None
-
-    def __str__(self) -> str:
-        return f"**{self.word.capitalize()}**: {self.reason}"
-
-
-def verdict(differences: Sequence[float], claim: str, *, positive: bool) -> Verdict:
-    """Judge the claim that the paired ``differences`` are positive (or negative).
-
-    Reproduced: the 95 % interval of the mean difference lies on the claimed side of zero. Not
-    reproduced: it lies on the other. Not testable at this budget: it holds zero, or there are
-    fewer than two pairs.
-    """
-    result = paired(differences)
-    if result.n < 2 or math.isnan(result.p):
-        seen = "" if result.n == 0 else f", seen {result.mean:+.3g}"
-        reason = f"{claim}: {result.note} (n = {result.n}{seen})."
-        return Verdict("not testable at this budget", reason, result)
-    numbers = (
-        f"mean difference {result.mean:+.3g} [{result.low:+.3g}, {result.high:+.3g}], "
-        f"n = {result.n} pairs, p = {result.p:.2g}"
-    )
-    if result.low > 0 if positive else result.high < 0:
-        return Verdict("reproduced", f"{claim}: {numbers}.", result)
-    if result.high < 0 if positive else result.low > 0:
-        reason = f"{claim}: the difference has the other sign; {numbers}."
-        return Verdict("not reproduced", reason, result)
-    reason = (
-        f"{claim}: the interval holds zero; {numbers}; a true difference below "
-        f"{result.detectable:.3g} would mostly have gone unseen."
-    )
-    return Verdict("not testable at this budget", reason, result)

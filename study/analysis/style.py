@@ -16,8 +16,7 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
 
-from study.analysis.stability import ALL
-from study.analysis.tables import MetricName
+from study.analysis.names import ALL, MetricName
 from study.files import atomic
 
 WIDTH = 7.2

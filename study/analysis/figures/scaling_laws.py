@@ -10,8 +10,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.analysis import style
-from study.analysis.figures import _line_grid, _made_of, _panels, _plain_log, drawn, text_figure
-from study.analysis.tables import Tables
+from study.analysis.figures.base import (
+    drawn,
+    line_grid,
+    made_of,
+    panel_grid,
+    plain_log_axis,
+    text_figure,
+)
+from study.analysis.tables.read import Tables
 
 DEPTH_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
 QUANTITIES = {
@@ -99,15 +106,13 @@ def _squares_axis(axes: Any, rows: pd.DataFrame) -> None:
     axes.set_xlabel("sum of κ²")
 
 
-@drawn(probe="scaling_laws")
+@drawn("theory", probe="scaling_laws")
 def scaling_law_recursion(tables: Tables) -> Figure:
     """Norms of features and gradients, and sensitivity to the input, of a recursion of random
     blocks with long skips, against the sum of their squared factors; the line is exact for it."""
     frame = _rows(tables, recursion=True)
     if frame.empty:
-        return text_figure(
-            "Scaling laws", "The clean recursion was not measured.", _made_of(tables)
-        )
+        return text_figure("Scaling laws", "The clean recursion was not measured.", made_of(tables))
     colours = style.scaling_colours(frame["skip_scaling"])
     depths = sorted(set(frame["depth"]))
     markers = {depth: DEPTH_MARKERS[i % len(DEPTH_MARKERS)] for i, depth in enumerate(depths)}
@@ -117,7 +122,7 @@ def scaling_law_recursion(tables: Tables) -> Figure:
     fig = style.figure(height=3.3)
     style.footer(
         fig,
-        _made_of(
+        made_of(
             tables,
             more="None of the runs has a part in this figure, nor have the data: it shows random "
             f"networks. Points: means over n = {draws} draws of the weights (sensitivity: root "
@@ -134,7 +139,7 @@ def scaling_law_recursion(tables: Tables) -> Figure:
             "are no test of a worst case.",
         ),
     )
-    forward, gradient, sensitivity = _panels(fig, 3, 3)
+    forward, gradient, sensitivity = panel_grid(fig, 3, 3)
     large = {name: _means(parts.get(name, nothing)) for name in QUANTITIES}
     blocks = parts.get("gradient_block", nothing)
     small = _means(blocks)
@@ -180,7 +185,7 @@ def scaling_law_recursion(tables: Tables) -> Figure:
         axes.set_yscale("log")
         low, high = axes.get_ylim()
         axes.set_ylim(low, high * room)
-        _plain_log(axes.yaxis)
+        plain_log_axis(axes.yaxis)
         _squares_axis(axes, pd.concat([large[name], small if name == "gradient" else nothing]))
     handles = _colour_handles(colours)
     handles += [
@@ -237,7 +242,7 @@ def _times(value: float) -> str:
     return f"{value:.3g} ×" if value < 1000 else f"{value:.1e} ×"
 
 
-@drawn(probe="scaling_laws")
+@drawn("theory", probe="scaling_laws")
 def scaling_law_backbones(tables: Tables) -> Figure:
     """The same three quantities on the study's backbones at initialisation, relative to unscaled
     long skips: here only the order of the scalings can be compared."""
@@ -245,7 +250,7 @@ def scaling_law_backbones(tables: Tables) -> Figure:
     frame = frame[frame["quantity"].isin(list(QUANTITIES))] if len(frame) else frame
     if frame.empty:
         return text_figure(
-            "Scaling laws on the backbones", "No backbone was measured.", _made_of(tables)
+            "Scaling laws on the backbones", "No backbone was measured.", made_of(tables)
         )
     scalings = style.order_scalings(frame["skip_scaling"])
     base = "none" if "none" in scalings else scalings[0]
@@ -254,10 +259,10 @@ def scaling_law_backbones(tables: Tables) -> Figure:
     markers = style.markers(families, families)
     lines = style.order_lines(frame["network"])
     draws = int(frame["seed"].nunique())
-    fig, cells, first = _line_grid(list(QUANTITIES), lines, 0.75, 1.25)
+    fig, cells, first = line_grid(list(QUANTITIES), lines, 0.75, 1.25)
     style.footer(
         fig,
-        _made_of(
+        made_of(
             tables,
             more=f"Not from the runs but from their networks at initialisation: points are means "
             f"over n = {draws} initialisations of the ratio to {style.scaling_label(base)}, bars "

@@ -12,10 +12,13 @@ import synthetic
 from scipy import stats
 
 from study import published
-from study.analysis import evidence, style
-from study.analysis.claims import CONTRADICTED, REPRODUCED, UNTESTABLE
-from study.analysis.statistics import verdict
-from study.analysis.tables import Tables, aggregate
+from study.analysis import style
+from study.analysis.figures.picture import picture
+from study.analysis.tables.aggregate import aggregate
+from study.analysis.tables.read import Tables
+from study.analysis.verdicts import long_skips, patch_diffusion, scaling_laws
+from study.analysis.verdicts.base import CONTRADICTED, REPRODUCED, UNTESTABLE, jointly, verdict
+from study.analysis.verdicts.stf import stable_quality, target_variance, variance_ratios
 
 SQUARES = {"none": 4.0, "cs(0.9)": 3.0, "inv_sqrt2": 2.0, "cs(0.7)": 1.8, "cs(0.5)": 1.3}
 
@@ -42,14 +45,14 @@ def having(study: Tables, kind: str, rows: list[dict] | pd.DataFrame) -> Tables:
 
 
 def test_a_missing_probe_is_named_with_how_to_add_it(study):
-    said = evidence.picture(study, "robustness").data
+    said = picture(study, "robustness").data
     assert "does not make the probe `robustness`" in said
     assert "`probes: [robustness]`" in said
     assert "digits" not in said
     for answer in (
-        evidence.laws(study),
-        evidence.target_variance(study),
-        evidence.blur(study),
+        scaling_laws.laws(study),
+        target_variance(study),
+        patch_diffusion.blur(study),
     ):
         assert [found.word for found in answer] == [UNTESTABLE]
 
@@ -63,11 +66,11 @@ def test_one_significant_backbone_of_several_is_no_verdict():
     assert single[0][1].word == REPRODUCED
     p = single[0][1].evidence.p
     assert 0.05 / 3 < p < 0.05  # three tests: "d" has none
-    together = list(evidence.jointly(single))
+    together = list(jointly(single))
     assert {found.word for _, found in together} == {UNTESTABLE}
     assert together[0][0] == {"backbone": "a", "p (Holm)": f"{3 * p:.3f}"}
     assert together[3][0]["p (Holm)"] == ""
-    assert [found.word for _, found in evidence.jointly(single[:1])] == [REPRODUCED]
+    assert [found.word for _, found in jointly(single[:1])] == [REPRODUCED]
 
 
 # --- ScaleLong ------------------------------------------------------------------------------------
@@ -93,7 +96,7 @@ def test_the_order_of_scalings_is_tested_and_corrected(study):
     rows += law_rows(dict.fromkeys(range(4), RISING), quantity="gradient")
     rows += law_rows(dict.fromkeys(range(2), TINY[::-1]), quantity="sensitivity")
     rows += law_rows(dict.fromkeys(range(4), [1.0] * 5), network="udit")
-    found = evidence.ranks(having(study, "scaling_laws", rows))
+    found = scaling_laws.ranks(having(study, "scaling_laws", rows))
     assert [(about["backbone"], about["law"], one.word) for about, one in found] == [
         ("U-ViT", "feature norm", REPRODUCED),
         ("U-ViT", "gradient norm", CONTRADICTED),
@@ -103,7 +106,7 @@ def test_the_order_of_scalings_is_tested_and_corrected(study):
     about = [about for about, _ in found]
     assert [a["rank correlation with Σκ²"] for a in about] == ["+1.00", "-1.00", "+0.10", ""]
     assert [a["remark"] for a in about] == ["", "", "", "no test"]
-    tests = evidence.orders(having(study, "scaling_laws", rows), clean=False)
+    tests = scaling_laws.orders(having(study, "scaling_laws", rows), clean=False)
     # Four draws of five scalings: the mean correlation has variance 1 / (4 * 4).
     first = tests[tests["quantity"] == "forward"].iloc[-1]
     assert first["p"] == pytest.approx(2 * stats.norm.sf(4))
@@ -112,21 +115,21 @@ def test_the_order_of_scalings_is_tested_and_corrected(study):
 
 def test_a_correlation_that_is_one_of_several_tests_needs_more(study):
     rows = law_rows({0: FALLING})  # p = 0.046
-    alone = evidence.ranks(having(study, "scaling_laws", rows))
+    alone = scaling_laws.ranks(having(study, "scaling_laws", rows))
     assert [found.word for _, found in alone] == [REPRODUCED]
     rows += law_rows({0: TINY}, quantity="gradient")
-    both = evidence.ranks(having(study, "scaling_laws", rows))
+    both = scaling_laws.ranks(having(study, "scaling_laws", rows))
     assert [found.word for _, found in both] == [UNTESTABLE, UNTESTABLE]
 
 
 def test_a_weak_order_stays_weak_however_often_it_is_drawn(study):
     rows = law_rows(dict.fromkeys(range(200), TINY[::-1]))
-    ((about, found),) = evidence.ranks(having(study, "scaling_laws", rows))
+    ((about, found),) = scaling_laws.ranks(having(study, "scaling_laws", rows))
     assert about["p (Holm)"] == "0.005"
     assert found.word == UNTESTABLE
     assert about["remark"].startswith("in part")
     swapped = [5.0, 4.0, 3.0, 1.0, 2.0]  # two neighbours: 0.9
-    ((about, found),) = evidence.ranks(
+    ((about, found),) = scaling_laws.ranks(
         having(study, "scaling_laws", law_rows(dict.fromkeys(range(4), swapped)))
     )
     assert (about["rank correlation with Σκ²"], found.word) == ("+0.90", REPRODUCED)
@@ -135,13 +138,13 @@ def test_a_weak_order_stays_weak_however_often_it_is_drawn(study):
 def test_pairs_that_are_always_the_wrong_way_round_are_named(study):
     # The third scaling lies below the last two in every draw, and lies far above them in Σκ².
     draws = {n: [5.0, 4.0, 1.0 + 0.01 * n, 3.0 - 0.02 * n, 2.0 + 0.01 * n] for n in range(8)}
-    ((about, found),) = evidence.ranks(having(study, "scaling_laws", law_rows(draws)))
+    ((about, found),) = scaling_laws.ranks(having(study, "scaling_laws", law_rows(draws)))
     names = [style.scaling_label(name) for name in SQUARES]
     wrong = [f"{names[2]} below {name}" for name in (names[4], names[3])]
     assert about["remark"] == f"the reverse of Σκ²: {wrong[0]} and {wrong[1]}"
     assert found.word == CONTRADICTED
     alike = {n: [5.0, 4.0, 3.0, 2.0 + 0.5 * (-1) ** n, 2.0 - 0.5 * (-1) ** n] for n in range(8)}
-    assert evidence.reversals(having(study, "scaling_laws", law_rows(alike))) == {}
+    assert scaling_laws.reversals(having(study, "scaling_laws", law_rows(alike))) == {}
 
 
 def clean_rows(scale: float = 1.0, bound: float = 100.0) -> list[dict]:
@@ -155,7 +158,7 @@ def clean_rows(scale: float = 1.0, bound: float = 100.0) -> list[dict]:
 
 
 def test_the_line_is_ours_and_the_bound_is_not_tested(study):
-    order, line, bound = evidence.laws(having(study, "scaling_laws", clean_rows()))
+    order, line, bound = scaling_laws.laws(having(study, "scaling_laws", clean_rows()))
     assert order.word == REPRODUCED
     assert "ScaleLong, abstract; the form of its bounds is not among our sources" in order.reason
     assert "in 3 of 3 tests" in order.reason
@@ -168,7 +171,7 @@ def test_the_line_is_ours_and_the_bound_is_not_tested(study):
 
 def test_means_off_the_line_and_a_crossed_bound_are_told(study):
     tables = having(study, "scaling_laws", clean_rows(scale=2.0, bound=1.0))
-    _, line, bound = evidence.laws(tables)
+    _, line, bound = scaling_laws.laws(tables)
     assert "15 of 15 means over 4 draws differ" in line
     assert bound.word == CONTRADICTED
     assert "exceeded in 20 of 20 draws" in bound.reason
@@ -176,7 +179,7 @@ def test_means_off_the_line_and_a_crossed_bound_are_told(study):
 
 def test_a_recursion_of_one_draw_is_no_error(study):
     rows = [row for row in clean_rows() if row["seed"] == 0 and row["quantity"] == "forward"]
-    order, _ = evidence.laws(having(study, "scaling_laws", rows))
+    order, _ = scaling_laws.laws(having(study, "scaling_laws", rows))
     assert order.word == REPRODUCED  # a single test, of five scalings in one order
 
 
@@ -211,7 +214,7 @@ RATIOS = {(0.5, 1): 1.0, (0.5, 16): 0.5, (5.0, 1): 1.0, (5.0, 4): 0.26, (5.0, 16
 
 
 def judged(study, rows) -> list:
-    return evidence.target_variance(having(study, "target_variance", rows))
+    return target_variance(having(study, "target_variance", rows))
 
 
 def test_variances_are_judged_by_two_standard_errors(study):
@@ -270,10 +273,10 @@ def test_variances_that_are_next_to_nothing_are_not_judged(study):
         assert [found.word for found in answers] == [UNTESTABLE]
         assert "told from zero" in answers[0].reason
     assert judged(study, variance_rows(RATIOS, error=None))[0].word == UNTESTABLE
-    table = evidence.variance_ratios(having(study, "target_variance", variance_rows(RATIOS)))
+    table = variance_ratios(having(study, "target_variance", variance_rows(RATIOS)))
     assert table.loc[5.0].tolist() == [1.0, 0.26, 0.06]
     nothing = having(study, "target_variance", variance_rows(RATIOS, whole_error=1.5))
-    assert evidence.variance_ratios(nothing).empty
+    assert variance_ratios(nothing).empty
 
 
 # --- Patch Diffusion ------------------------------------------------------------------------------
@@ -296,10 +299,10 @@ def energy_rows(shares: dict[int, float], side: int | None) -> list[dict]:
 def test_only_patches_as_large_as_the_image_are_left_out(study, side):
     shares = {8: 0.4, 64: 0.97, 256: 1.0}
     tables = having(study, "optimal_denoiser", energy_rows(shares, side))
-    assert list(evidence.lost_detail(tables).columns) == [8, 64]
-    assert [found.word for found in evidence.blur(tables)] == [REPRODUCED, REPRODUCED]
+    assert list(patch_diffusion.lost_detail(tables).columns) == [8, 64]
+    assert [found.word for found in patch_diffusion.blur(tables)] == [REPRODUCED, REPRODUCED]
     tables = having(study, "optimal_denoiser", energy_rows({256: 1.0}, side))
-    (found,) = evidence.blur(tables)
+    (found,) = patch_diffusion.blur(tables)
     assert found.word == UNTESTABLE
     assert "no patch is smaller than the images" in found.reason
 
@@ -321,15 +324,15 @@ def map_rows(run: str, bump: float, sigma: float = math.nan, part: int = 0) -> l
 def test_mirror_images_are_those_of_training_noise_and_of_one_network(study):
     run = study.runs["run"].iloc[0]
     plain = map_rows(run, 0.3) + map_rows(run, -0.6, sigma=2.0)
-    found = evidence.antidiagonal(having(study, "representation", plain))
+    found = long_skips.antidiagonal(having(study, "representation", plain))
     # Pair (1, 4) against the three pairs at that distance, of which it is one.
     assert found["contrast"].tolist() == pytest.approx([0.2])
     split = having(study, "representation", plain + map_rows(run, 0.0, part=1))
-    found = evidence.antidiagonal(split)
+    found = long_skips.antidiagonal(split)
     assert found["part"].tolist() == [0, 1]
     assert found["contrast"].tolist() == pytest.approx([0.2, 0.0])
-    assert "part" in evidence.mirror_table(split).data
-    single = evidence.mirror_table(having(study, "representation", plain)).data
+    assert "part" in long_skips.mirror_table(split).data
+    single = long_skips.mirror_table(having(study, "representation", plain)).data
     assert "<th>part</th>" not in single and "0.2" in single
 
 
@@ -343,11 +346,11 @@ def test_spectra_are_of_blocks_by_noise_level_with_the_noisy_image_beside(study)
         for frequency in (0.0, 0.5, 1.0)
     ]
     tables = having(study, "representation", rows)
-    found = evidence.low_frequencies(tables)
+    found = long_skips.low_frequencies(tables)
     assert found[["sigma", "position"]].to_numpy().tolist() == [[1, 0], [1, 1], [2, 0], [2, 1]]
     assert found["drop"].tolist() == pytest.approx([-0.5, -1.5, -1, -3])
     assert found["image"].tolist() == pytest.approx([-4, -4, -8, -8])
-    shown = re.findall("<t[hd]>(.+?)</t[hd]>", evidence.spectra_table(tables).data)
+    shown = re.findall("<t[hd]>(.+?)</t[hd]>", long_skips.spectra_table(tables).data)
     assert shown == [
         *("σ = 1", "σ = 2"),
         *("U-ViT", "-1.00 (-1.50 to -0.50)", "-2.00 (-3.00 to -1.00)"),
@@ -382,18 +385,18 @@ def targets(tmp_path_factory) -> Tables:
 
 
 def test_stable_targets_are_judged_for_each_size_of_the_reference(targets):
-    whole = evidence.stable_quality(targets)
+    whole = stable_quality(targets)
     assert [about["backbone"] for about, _ in whole] == ["all backbones", "U-ViT", "U-DiT"]
     assert whole[0][1].evidence.n == 3
-    stf = targets.runs["target_kind"] == "stf"
+    stable = targets.runs["target_kind"] == "stf"
     runs = targets.runs.assign(
-        variant=targets.runs["variant"].mask(stf, "target.reference=64"),
-        line=targets.runs["line"].mask(stf, targets.runs["line"] + " / target.reference=64"),
+        variant=targets.runs["variant"].mask(stable, "target.reference=64"),
+        line=targets.runs["line"].mask(stable, targets.runs["line"] + " / target.reference=64"),
     )
-    again = evidence.stable_quality(replace(targets, runs=runs))
+    again = stable_quality(replace(targets, runs=runs))
     assert [one.evidence.mean for _, one in again] == [one.evidence.mean for _, one in whole]
     assert "(64 references)" in again[0][1].reason
-    ((_, nothing),) = evidence.stable_quality(targets.only(target_kind="dsm"))
+    ((_, nothing),) = stable_quality(targets.only(target_kind="dsm"))
     assert nothing.word == UNTESTABLE
 
 
@@ -412,17 +415,17 @@ def test_sizes_of_the_reference_are_several_tests(targets):
     again = [metrics[metrics["run"].isin(stf["run"])].assign(run=lambda f: f["run"] + "64")]
     again += [metrics[metrics["run"].isin(stf["run"])].assign(run=lambda f: f["run"] + "128")]
     both = replace(targets, runs=pd.concat([dsm, *more]), metrics=pd.concat([metrics, *again]))
-    found = evidence.stable_quality(both)
+    found = stable_quality(both)
     names = [about["backbone"] for about, _ in found]
     assert names == ["all backbones", "U-ViT", "U-DiT"] * 2
-    once = evidence.stable_quality(targets)[0][0]["p (Holm)"]
+    once = stable_quality(targets)[0][0]["p (Holm)"]
     assert float(found[0][0]["p (Holm)"]) == pytest.approx(2 * float(once), abs=2e-3)
 
 
 def test_long_skips_are_judged_on_unscaled_dsm_arms_with_their_twin(targets):
     swap = {"udit": "uvit(skip=False)"}
     runs = targets.runs.assign(line=targets.runs["line"].replace(swap))
-    (one,) = evidence.long_skips(replace(targets, runs=runs))
+    (one,) = long_skips.long_skips(replace(targets, runs=runs))
     assert one.evidence.n == 3  # seeds; the STF arms of the same seeds are no further evidence
     alone = replace(targets, runs=runs[runs["line"] != "uvit"])
-    assert evidence.long_skips(alone) == []
+    assert long_skips.long_skips(alone) == []

@@ -11,8 +11,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from study.analysis import style
-from study.analysis.figures import _made_of, _panels, drawn, text_figure
-from study.analysis.tables import Tables
+from study.analysis.figures.base import drawn, made_of, panel_grid, text_figure
+from study.analysis.tables.read import Tables
+from study.analysis.tables.targets import distributions, noticed
 
 UNITS = {
     "x0": "target x₀",
@@ -39,14 +40,6 @@ def _log_axis(axis: Any, ticks: list | None = None) -> None:
     axis.set_major_formatter(FuncFormatter(_plain))
 
 
-def noticed(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of noise levels at which V_DSM is no mean of rare events: twice its standard error."""
-    whole = rows[(rows["reference"] == 0) & (rows["unit"] == "x0")]
-    sound = whole[whole["ratio"].notna() & (whole["variance"] > 2 * whole["standard_error"])]
-    keys = sound[["distribution", "sigma"]]
-    return rows.merge(keys, on=["distribution", "sigma"])
-
-
 def _how_measured(rows: pd.DataFrame) -> str:
     points, draws = int(rows["points"].max()), int(rows["draws"].max())
     return (
@@ -56,12 +49,7 @@ def _how_measured(rows: pd.DataFrame) -> str:
     )
 
 
-def distributions(rows: pd.DataFrame) -> list[str]:
-    """The data set first, the toy last."""
-    return sorted(set(rows["distribution"]), key=lambda name: (name == "two modes", name))
-
-
-@drawn(probe="target_variance")
+@drawn("targets", probe="target_variance")
 def target_variance(tables: Tables) -> Figure:
     """Variance of the training target against the noise level: the DSM target, and the stable
     target with references of n points. Where it peaks depends on the units, hence three.
@@ -69,14 +57,14 @@ def target_variance(tables: Tables) -> Figure:
     rows = tables.probe("target_variance")
     if rows.empty:
         return text_figure(
-            "Variance of targets", "The probe target_variance has no rows.", _made_of(tables)
+            "Variance of targets", "The probe target_variance has no rows.", made_of(tables)
         )
     names = distributions(rows)
     sizes = sorted(set(rows["reference"]) - {0})
     colours = _shades(sizes, "crest")
     fig = style.figure(height=0.95 + 1.75 * len(names))
-    style.footer(fig, _made_of(tables, more=f"{_how_measured(rows)} {_below(rows)}"))
-    panels = iter(_panels(fig, len(UNITS) * len(names), len(UNITS)))
+    style.footer(fig, made_of(tables, more=f"{_how_measured(rows)} {_below(rows)}"))
+    panels = iter(panel_grid(fig, len(UNITS) * len(names), len(UNITS)))
     for name in names:
         for unit, title in UNITS.items():
             axes = next(panels)
@@ -136,7 +124,7 @@ def _below(rows: pd.DataFrame) -> str:
     )
 
 
-@drawn(probe="target_variance")
+@drawn("targets", probe="target_variance")
 def stable_target_bias(tables: Tables) -> Figure:
     """The stable target against the size n of its reference, in shares of V_DSM: its variance,
     and its squared bias, which is zero in expectation at every n.
@@ -144,11 +132,11 @@ def stable_target_bias(tables: Tables) -> Figure:
     rows = tables.probe("target_variance")
     title = "Variance and bias of the stable target"
     if rows.empty:
-        return text_figure(title, "The probe target_variance has no rows.", _made_of(tables))
+        return text_figure(title, "The probe target_variance has no rows.", made_of(tables))
     rows = noticed(rows[rows["unit"] == "x0"])
     if not (rows["reference"] > 0).any():
         text = "The variance of the DSM target is next to nothing at every noise level."
-        return text_figure(title, text, _made_of(tables))
+        return text_figure(title, text, made_of(tables))
     names = distributions(rows)
     fig = style.figure(height=0.6 + 1.95 * len(names))
     words = (
@@ -156,8 +144,8 @@ def stable_target_bias(tables: Tables) -> Figure:
         "Carlo part V_STF / draws subtracted, so that estimates scatter about zero where there is "
         "no bias. Noise levels at which V_DSM is below twice its standard error are left out."
     )
-    style.footer(fig, _made_of(tables, more=f"{_how_measured(rows)} {words}"))
-    panels = _panels(fig, 2 * len(names), 2)
+    style.footer(fig, made_of(tables, more=f"{_how_measured(rows)} {words}"))
+    panels = panel_grid(fig, 2 * len(names), 2)
     for name, left, right in zip(names, panels[::2], panels[1::2], strict=True):
         _bias_panels(left, right, rows[rows["distribution"] == name])
         left.set_title(f"{name}: variance, V_STF / V_DSM")
@@ -206,7 +194,7 @@ def _bias_panels(left: Any, right: Any, rows: pd.DataFrame) -> None:
     left.legend(loc="lower left", handlelength=1.8, fontsize=6, labelspacing=0.25)
 
 
-@drawn(probe="optimal_denoiser")
+@drawn("targets", probe="optimal_denoiser")
 def optimal_denoiser(tables: Tables) -> Figure:
     """Posterior-mean images: what the best possible denoiser of the data set makes of one noisy
     image, at rising signal-to-noise ratio; one sample with one noise per row.
@@ -216,7 +204,7 @@ def optimal_denoiser(tables: Tables) -> Figure:
         rows = rows[rows["quantity"] == "image"]
     if rows.empty:
         return text_figure(
-            "Optimal denoiser", "The probe optimal_denoiser has no images.", _made_of(tables)
+            "Optimal denoiser", "The probe optimal_denoiser has no images.", made_of(tables)
         )
     levels = sorted(set(rows["snr"]))
     samples = sorted(set(rows["sample"].astype(int)))[:8]
@@ -229,7 +217,7 @@ def optimal_denoiser(tables: Tables) -> Figure:
         "rising SNR the prediction becomes that image. The noise of a row is the same in every "
         "column. Images are clipped to their range."
     )
-    style.footer(fig, _made_of(tables, more=words))
+    style.footer(fig, made_of(tables, more=words))
     axes = fig.add_subplot()
     axes.imshow(sheet, interpolation="nearest")
     axes.grid(False)
@@ -256,7 +244,7 @@ def _sheet(rows: pd.DataFrame, levels: list[float], samples: list[int]) -> tuple
     return sheet, step, side
 
 
-@drawn(probe="optimal_denoiser")
+@drawn("targets", probe="optimal_denoiser")
 def spectral_energy(tables: Tables) -> Figure:
     """Detail in the optimal prediction: its spectral energy above the Nyquist limit of each patch
     size, against the signal-to-noise ratio, with Patch Diffusion's split of the schedule.
@@ -267,7 +255,7 @@ def spectral_energy(tables: Tables) -> Figure:
         rows = rows[(rows["quantity"] == "energy_above") & rows["value"].notna()]
     if rows.empty:
         return text_figure(
-            "Spectral energy", "The probe optimal_denoiser has no energies.", _made_of(tables)
+            "Spectral energy", "The probe optimal_denoiser has no energies.", made_of(tables)
         )
     fig = style.figure(height=2.9)
     words = (
@@ -277,8 +265,8 @@ def spectral_energy(tables: Tables) -> Figure:
     )
     if rows["samples"].notna().any():
         words += f"; means over {int(rows['samples'].max())} samples, bands: standard error"
-    style.footer(fig, _made_of(tables, more=words + "."))
-    left, right = _panels(fig, 2, 2)
+    style.footer(fig, made_of(tables, more=words + "."))
+    left, right = panel_grid(fig, 2, 2)
     colours = _shades(sorted(set(rows["patch"].astype(int))), "crest")
     for patch, curve in rows.sort_values("snr").groupby("patch"):
         colour, label = colours[int(patch)], f"P = {int(patch)}"

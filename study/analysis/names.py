@@ -1,0 +1,52 @@
+"""What runs, arms and metrics are called, from the tables to the page."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+AXES = ["backbone", "skip_scaling", "target", "formulation"]
+ARM = ["arm", *AXES, "variant", "line"]
+# Why a finished run has no value in a column: none could be had, or another column holds it.
+NOT_MEASURED, OTHERWISE = "not measured", "measured otherwise"
+ALL = "all"
+"""Stands for a backbone where a number is a mean over all of them."""
+LOWER_IS_BETTER = ("fid", "fd", "kid")
+
+
+@dataclass(frozen=True)
+class MetricName:
+    """The parts of a metric's name: ``fd_digits_1797``, ``fid_50000``, ``fid_50000_ab12cd34``.
+
+    ``way`` is the identity, in the name where runs measured the metric in several ways.
+    """
+
+    base: str
+    features: str
+    images: int | None
+    way: str
+
+    @classmethod
+    def parse(cls, metric: str) -> "MetricName":
+        found = re.fullmatch(r"([^_]+)(?:_(.+?))??(?:_(\d+)(?:_([0-9a-f]{8}))?)?", metric)
+        base, features, images, way = found.groups() if found else (metric, "", None, "")
+        return cls(base, features or "", None if images is None else int(images), way or "")
+
+
+def better(metric: str) -> str:
+    """ "lower" or "higher": the side of a metric on which the better arms lie."""
+    return "lower" if MetricName.parse(metric).base in LOWER_IS_BETTER else "higher"
+
+
+def flat(content: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(content, Mapping) and content:
+        answer: dict[str, Any] = {}
+        for key, value in content.items():
+            answer.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+        return answer
+    return {prefix: content}
+
+
+def word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)

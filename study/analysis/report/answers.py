@@ -1,0 +1,156 @@
+"""What came out, and what cannot be said? The numbers behind the first screen of the page."""
+
+from typing import Any
+
+import pandas as pd
+
+from study.analysis import style
+from study.analysis.report.study import Study
+from study.analysis.verdicts import long_skips, patch_diffusion, scaling_laws, stf
+from study.analysis.verdicts.base import CONVERGED
+from study.analysis.words import interval, p_text, short, signed
+
+
+def partial(study: Study) -> list[dict[str, str]]:
+    """Runs that should have metrics and do not, and why."""
+    answer = []
+    for row in study.runs.itertuples():
+        if row.status == "missing":
+            why = "not started"
+        elif row.status == "running":
+            why = f"at step {row.step} of {row.steps}"
+        elif row.status == "done" and row.evaluation == "missing":
+            why = "not sampled" if row.generation == "missing" else "not evaluated"
+        else:
+            continue
+        answer.append({"run": row.run, "display": row.display, "why": why})
+    return answer
+
+
+def outcome(study: Study) -> dict[str, Any]:
+    """How many runs ended how, and which arms lost some."""
+    runs = study.runs
+    done, lost = runs[runs["status"] == "done"], runs[runs["status"] == "diverged"]
+    seeds = lost.groupby("arm")["seed"].agg(list)
+    return {
+        "runs": len(runs),
+        "arms": runs["arm"].nunique(),
+        "finished": len(done),
+        "diverged": len(lost),
+        "broken": int(done["generation"].isin(["diverged", "skipped"]).sum()),
+        "lost": [
+            f"{row['backbone']}, {row['scaling']}, {row['target']} "
+            f"({'seeds' if len(seeds[row['arm']]) > 1 else 'seed'} {', '.join(seeds[row['arm']])})"
+            for row in study.arms
+            if row["arm"] in seeds.index
+        ],
+    }
+
+
+def tests(study: Study) -> dict[str, int]:
+    """How many arms were compared with the unscaled DSM arm, and with what verdicts."""
+    rows = study.tables.by_arm(study.tables.comparisons, study.metric, "n_pairs")
+    verdicts = rows["verdict"].value_counts()
+    return {"arms": len(rows), **{word: int(n) for word, n in verdicts.items()}}
+
+
+def best(study: Study) -> list[dict[str, Any]]:
+    """Per backbone, the arm with the best mean, and how it stands to the unscaled DSM arm.
+
+    A backbone that was measured otherwise has a row of its own: its numbers compare with none
+    above.
+    """
+    if study.metric is None:
+        return []
+    rows = study.tables.summary
+    rows = rows[rows["mean"].notna()]
+    answer = []
+    for line in style.order_lines(rows["line"]):
+        for way in study.tables.ways(study.metric):
+            here = rows[(rows["line"] == line) & (rows["metric"] == way)]
+            if here.empty:
+                continue
+            lower = here["better"].iloc[0] == "lower"
+            row = here.loc[here["mean"].idxmin() if lower else here["mean"].idxmax()]
+            answer.append(
+                {
+                    "backbone": style.line_label(line),
+                    "way": "" if way == study.metric else style.metric_label(way),
+                    "name": study.named.get(row["arm"], ""),
+                    "scaling": style.scaling_label(row["skip_scaling"]),
+                    "target": style.target_label(row["target"]),
+                    "mean": short(row["mean"]),
+                    "interval": interval(row["ci_low"], row["ci_high"], row["mean"]),
+                    "n": row["n"],
+                    **_against_unscaled(study, row),
+                }
+            )
+    return answer
+
+
+def _against_unscaled(study: Study, row: pd.Series) -> dict[str, str]:
+    """The difference of an arm (a row of the summary) to the unscaled DSM arm, and its test."""
+    tests = study.tables.comparisons
+    tests = tests[(tests["arm"] == row["arm"]) & (tests["metric"] == row["metric"])]
+    if tests.empty:
+        if (row["skip_scaling"], row["target"]) != ("none", "dsm"):
+            why = "no unscaled DSM arm to compare with"
+        elif row["arm"] in study.skipless:
+            why = "no long skips, nothing to scale"
+        else:
+            why = "this is the unscaled DSM arm"
+        return {"difference": "", "test": why}
+    test = tests.iloc[0]
+    words = test["note"] or "no test"
+    if test["verdict"] != "no test":
+        words = f"{test['verdict']}, Holm p {p_text(test['p_holm'])} ({test['n_pairs']} pairs)"
+        words += f"; {test['note']}" if test["note"] else ""
+    mean = test["mean_difference"]
+    if pd.isna(mean):
+        return {"difference": "", "test": words}
+    ends = interval(test["ci_low"], test["ci_high"], mean, signed)
+    return {"difference": f"{signed(mean)} {ends}", "test": words}
+
+
+def doubts(study: Study) -> dict[str, Any]:
+    """What these numbers cannot say: the number behind each caveat, 0 where it does not hold."""
+    tables, metric = study.tables, study.metric
+    wrong = tables.qc[tables.qc["severity"] == "error"]
+    seeds = study.runs.groupby("arm")["run"].count().max()
+    rows = tables.by_arm(tables.comparisons, metric, "n_pairs")
+    detectable = rows["detectable_difference"].median()
+    seen = study.runs.loc[study.runs["images_seen"] > 0, "images_seen"].max()
+    images = int(tables.identity(metric).get("images") or 0) if metric else 0
+    return {
+        "errors": len(wrong),
+        "checks": ", ".join(sorted(set(wrong["check"]))),
+        "seeds": 0 if pd.isna(seeds) else int(seeds),
+        "detectable": "" if pd.isna(detectable) else short(detectable),
+        "seen": int(seen) if pd.notna(seen) and seen < CONVERGED else 0,
+        "not_fid": bool(metric) and not metric.startswith("fid"),
+        "images": images if images < 50_000 else 0,
+    }
+
+
+def verdicts(study: Study) -> dict[str, list[dict[str, str]]]:
+    """By section: what its figures say about the papers' claims, as the notebooks say it."""
+    tables = study.tables
+    found = {
+        "comparisons": long_skips.long_skips(tables),
+        "theory": [*scaling_laws.laws(tables), *scaling_laws.rank_summary(tables)],
+        "targets": [
+            *(one for about, one in stf.stable_quality(tables)[:1]),
+            *stf.target_variance(tables),
+            *patch_diffusion.blur(tables),
+        ],
+        "representation": long_skips.mirror_summary(tables),
+    }
+    return {
+        section: [
+            {"word": "", "text": one}
+            if isinstance(one, str)
+            else {"word": one.word, "text": one.reason}
+            for one in answers
+        ]
+        for section, answers in found.items()
+    }

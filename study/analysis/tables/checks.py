@@ -1,0 +1,140 @@
+"""What looks wrong, missing or mixed? Rows of ``qc.csv``."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+from study.analysis.names import NOT_MEASURED, OTHERWISE
+from study.analysis.tables.families import groups
+from study.analysis.tables.found import Found, problem
+from study.analysis.tables.measures import spacings
+from study.arms import complete
+from study.files import UserError, canonical_json
+
+_PLAUSIBLE = {
+    "fid": (-1e-6, math.inf),
+    "fd": (-1e-6, math.inf),
+    "is": (1 - 1e-6, math.inf),
+    "precision": (0.0, 1.0),
+    "recall": (0.0, 1.0),
+}
+
+
+def quality_checks(
+    found: list[Found], runs: list[dict], metrics: list[dict], oscillation: list[dict]
+) -> list[dict]:
+    return [
+        *(one for pair in zip(found, runs, strict=True) for one in _run_checks(*pair)),
+        *_identical_weights(found),
+        *_metric_checks(metrics),
+        *_mixtures(runs),
+        *_log_spacings(oscillation),
+    ]
+
+
+def _run_checks(one: Found, row: dict) -> Iterator[dict]:
+    """What a run lacks, or says that cannot be; ``row`` is that of ``runs.csv``."""
+    run, step, steps = one.run, row["step"], row["steps"]
+    if row["status"] == "missing":
+        yield problem("warning", "missing run", run, "no train/status.json")
+    elif row["status"] == "running":
+        detail = f"stopped or still running at step {step} of {steps}"
+        yield problem("warning", "unfinished run", run, detail)
+    elif row["status"] == "done":
+        if not one.generate:
+            yield problem("warning", "no samples", run, "trained, but no generate/generate.json")
+        elif not one.fidelity:
+            yield problem("warning", "no evaluation", run, "sampled, but no evaluate/fidelity.json")
+        if one.generate.get("reason"):
+            yield problem("warning", "samples not finite", run, one.generate["reason"])
+        if step is not None and steps is not None and step < steps:
+            yield problem("error", "stopped early", run, f"done at step {step} of {steps}")
+        if row["final_loss"] is None and "imported" not in one.train:
+            yield problem("error", "non-finite loss", run, "final loss is missing")
+    written = one.train.get("spec") if one.train else None
+    if written is not None and _completed(written) != _completed(one.spec):
+        yield problem("error", "other spec", run, "the spec on disk is not the manifest's")
+
+
+def _completed(spec: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of options that did not exist yet; a spec of another version as it is."""
+    try:
+        return complete(spec)
+    except UserError:
+        return spec
+
+
+def _metric_checks(metrics: list[dict]) -> Iterator[dict]:
+    """Metrics that are missing, out of their range, or measured in several ways."""
+    ways = defaultdict(set)
+    for row in metrics:
+        if row["status"] == OTHERWISE:
+            ways[row["metric"]].add(row["note"])
+        if row["status"] not in ("done", NOT_MEASURED):
+            continue
+        low, high = _PLAUSIBLE.get(row["base"], (-math.inf, math.inf))
+        if row["value"] is None and row["note"]:
+            detail = f"{row['metric']}: {row['note']}"
+            yield problem("warning", "metric not measured", row["run"], detail)
+        elif row["value"] is None:
+            detail = f"{row['metric']} is not finite"
+            yield problem("error", "implausible metric", row["run"], detail)
+        elif not low <= row["value"] <= high:
+            detail = f"{row['metric']} = {row['value']:.6g} outside [{low:g}, {high:g}]"
+            yield problem("error", "implausible metric", row["run"], detail)
+    for metric, notes in ways.items():
+        detail = f"{metric}: other runs were {'; '.join(sorted(notes))}"
+        yield problem("note", "several ways of measuring", "", detail)
+
+
+def _mixtures(runs: list[dict]) -> Iterator[dict]:
+    """In what the runs of the study differ that should be alike."""
+    for column, check in (
+        ("git_commit", "several commits"),
+        ("device", "several devices"),
+        ("torch_version", "several versions of torch"),
+        ("sampler", "several samplers"),
+        ("sampling_seed", "several sampling seeds"),
+    ):
+        values = sorted({str(row[column]) for row in runs if row[column] not in ("", None)})
+        if len(values) > 1:
+            yield problem("note", check, "", ", ".join(values))
+    changed = sum(row["git_changed"] == "true" for row in runs)
+    if changed:
+        detail = f"{changed} runs were made from a source tree with uncommitted changes"
+        yield problem("note", "uncommitted changes", "", detail)
+
+
+def _identical_weights(found: list[Found]) -> list[dict]:
+    """Runs with equal weights: a fault where their seeds differ. Where they do not, the setting in
+    which the arms differ had no effect, and one result is counted twice.
+    """
+    by_hash = defaultdict(list)
+    for one in found:
+        if one.generate.get("weights_sha256") and "imported" not in one.train:
+            by_hash[one.generate["weights_sha256"]].append(one)
+    answer = []
+    for group in by_hash.values():
+        others = ", ".join(one.run for one in group[1:])
+        if len({canonical_json(one.seeds) for one in group}) > 1:
+            detail = f"the same weights as {others}"
+            answer.append(problem("error", "identical weights", group[0].run, detail))
+        elif len(group) > 1:
+            detail = f"with the same seeds the same weights as {others}"
+            answer.append(problem("warning", "setting without effect", group[0].run, detail))
+    return answer
+
+
+def _log_spacings(oscillation: list[dict]) -> list[dict]:
+    """Oscillations depend on the steps between logged points, which are no part of a run's spec."""
+    unlike = {
+        quantity: spacings(rows)
+        for (quantity,), rows in sorted(groups(oscillation, "quantity").items())
+    }
+    details = [
+        f"{quantity} every {' or '.join(f'{steps:.3g}' for steps in found)} steps"
+        for quantity, found in unlike.items()
+        if len(found) > 1
+    ]
+    return [problem("note", "several log spacings", "", "; ".join(details))] if details else []

@@ -1,0 +1,147 @@
+"""What did every run leave on disk, and which arm is it of?"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from study.analysis.names import AXES, flat, word
+from study.files import UserError, canonical_json, read_json
+
+
+@dataclass
+class Found:
+    """One manifest entry and the JSON files that exist for it."""
+
+    run: str
+    arm: str
+    display: str
+    axes: dict[str, str]
+    spec: dict[str, Any]
+    folder: Path
+    train: dict[str, Any]
+    generate: dict[str, Any]
+    fidelity: dict[str, Any]
+    progress: dict[str, Any]
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any], results: Path, problems: list) -> "Found":
+        folder = results / "runs" / entry["run"]
+
+        def load(path: Path) -> dict[str, Any]:
+            if not path.is_file():
+                return {}
+            try:
+                content = read_json(path)
+            except UserError as error:
+                problems.append(problem("error", "unreadable file", entry["run"], str(error)))
+                return {}
+            return content if isinstance(content, dict) else {}
+
+        return cls(
+            run=entry["run"],
+            arm=entry.get("arm") or without(entry["spec"], "seeds"),
+            display=entry.get("display", entry["run"]),
+            axes=dict(entry["axes"]),
+            spec=entry["spec"],
+            folder=folder,
+            train=load(folder / "train" / "status.json"),
+            generate=load(folder / "generate" / "generate.json"),
+            fidelity=load(folder / "evaluate" / "fidelity.json"),
+            progress=load(folder / "state" / "progress.json"),
+        )
+
+    def axis(self, name: str) -> str:
+        return str(self.axes.get(name, ""))
+
+    @property
+    def axes_key(self) -> tuple[str, ...]:
+        """The axes that people see; arms that share them differ in some other setting."""
+        return tuple(self.axis(axis) for axis in [*AXES, "training"])
+
+    @property
+    def status(self) -> str:
+        if self.train:
+            return "diverged" if self.train.get("status") == "diverged" else "done"
+        return "running" if self.progress else "missing"
+
+    @property
+    def splits(self) -> bool:
+        """Whether the run is of several networks, trained one after another."""
+        formulation = self.spec.get("formulation") or {}
+        return bool(formulation.get("splits")) and formulation.get("split") is None
+
+    @property
+    def seeds(self) -> dict[str, Any]:
+        return dict(self.spec.get("seeds") or {})
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return dict(self.fidelity.get("metrics") or {})
+
+
+def problem(severity: str, check: str, run: str, detail: str) -> dict[str, str]:
+    return {"severity": severity, "check": check, "run": run, "detail": detail}
+
+
+def without(spec: Mapping[str, Any], *sections: str) -> str:
+    return canonical_json({key: value for key, value in spec.items() if key not in sections})
+
+
+def labels(found: list[Found]) -> dict[str, dict[str, str]]:
+    """The words for each run's arm.
+
+    ``arm`` names everything but the seeds. Where the axes do not tell two arms apart, ``variant``
+    holds the settings in which they differ. ``line`` is the row of an arm in a picture: its
+    backbone, and its formulation and variant where the backbone has several. ``display`` is the
+    arm's name for people, with the same settings behind it where other arms share that name.
+    """
+    formulations = defaultdict(set)
+    by_axes = defaultdict(dict)
+    for one in found:
+        formulations[one.axis("backbone")].add(one.axis("formulation"))
+        by_axes[one.axes_key][one.arm] = flat(
+            {key: value for key, value in one.spec.items() if key != "seeds"}
+        )
+    several = len({formulation for group in formulations.values() for formulation in group}) > 1
+    answer = {}
+    for one in found:
+        axes = {axis: one.axis(axis) for axis in AXES}
+        group = by_axes[one.axes_key]
+        extra = [one.axis("training")] if one.axis("training") else []
+        if len(group) > 1:
+            keys = sorted({key for settings in group.values() for key in settings})
+            unlike = [k for k in keys if len({repr(s.get(k)) for s in group.values()}) > 1]
+            extra += [f"{key}={word(group[one.arm].get(key))}" for key in unlike]
+        variant = ", ".join(extra)
+        line = [axes["backbone"]]
+        line += [axes["formulation"]] if len(formulations[axes["backbone"]]) > 1 else []
+        arm = [axes["backbone"], axes["skip_scaling"], axes["target"]]
+        arm += [axes["formulation"]] if several else []
+        tail = [variant] if variant else []
+        answer[one.run] = {
+            **axes,
+            "arm": " / ".join(arm + tail),
+            "variant": variant,
+            "line": " / ".join(line + tail),
+            "family": str((one.spec.get("backbone") or {}).get("family", "")),
+            "method": str((one.spec.get("skip_scaling") or {}).get("method", "")),
+            "target_kind": str((one.spec.get("target") or {}).get("kind", "")),
+        }
+    _tell_apart(found, answer, several)
+    return answer
+
+
+def _tell_apart(found: list[Found], labels: dict[str, dict[str, str]], several: bool) -> None:
+    """Add ``display``; ``several``: the study has more than one formulation."""
+    named: dict[str, dict[str, str]] = defaultdict(dict)
+    for one in found:
+        label = labels[one.run]
+        words = [label["formulation"]] * several + [label["variant"]]
+        named[one.display][label["arm"]] = ", ".join(filter(None, words))
+    for one in found:
+        label, twins = labels[one.run], named[one.display]
+        own = twins[label["arm"]]
+        own = own if len(set(twins.values())) == len(twins) and own else label["arm"]
+        label["display"] = f"{one.display} ({own})" if len(twins) > 1 else one.display
