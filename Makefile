@@ -36,6 +36,7 @@ test: style
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 	$(BIN)/nbstripout --verify --keep-id notebooks/*.ipynb
@@ -62,7 +63,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 
 # After a change of a backbone: its networks in the shipped studies, for plans without counting.
 networks: $(VENV)/.installed
-	$(BIN)/python -c "import sys; from study.plan import count_all; count_all(sys.argv[1:])" \
+	$(BIN)/python -c "import sys; from study.ledger.plan import count_all; count_all(sys.argv[1:])" \
 		config.yaml workflow/studies/*.yaml
 
 # Caches and the environment; nothing that was computed.

@@ -14,15 +14,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from study.backbones import FAMILIES, build
+from study.backbones import build
 from study.diffusion import formulation
+from study.spec.backbones import FAMILIES
+from study.spec.run import Backbone
+from study.spec.scalings import SkipScaling
 
 SCALINGS = {
-    "none": {"method": "none"},
-    "inv_sqrt2": {"method": "inv_sqrt2"},
-    "cs": {"method": "cs", "kappa": 0.7, "exponent": "per_skip", "innermost": None},
-    "ls": {"method": "ls"},
-    "ls_unshared": {"method": "ls_unshared"},
+    method: SkipScaling(method=method)
+    for method in ("none", "inv_sqrt2", "cs", "ls", "ls_unshared")
 }
 
 
@@ -43,13 +43,12 @@ def step(network, optimizer, loss, images, noise, device) -> float:
 def measure(name: str, preset: str, steps: int, batch: int, device: torch.device) -> list[float]:
     """Median step seconds of every scaling on one backbone; nan where it cannot be built."""
     family = FAMILIES[name]
-    options = family.options(**family.presets[preset]).model_dump(mode="json")
+    backbone = Backbone(family=name, options=family.options(**family.presets[preset]))
     side = 8 if preset == "tiny" else 32
     channels = 1 if preset == "tiny" else 3
     loss = formulation({"kind": "edm"})
     arms = []
     for scaling in SCALINGS.values():
-        backbone = {"family": name, "options": options}
         network = build(backbone, scaling, resolution=side, channels=channels).to(device)
         arms.append((network, torch.optim.Adam(network.parameters(), fused=True)))
     images = torch.randn(batch, channels, side, side, device=device)

@@ -1,7 +1,7 @@
 """``study <verb>``: one verb per stage. Every stage of the workflow can be run by hand.
 
-Each verb imports its room when it is called; from these imports ``study.digest`` knows which code
-a stage depends on.
+Each verb imports its room when it is called; from these imports ``study.ledger.digest`` knows
+which code a stage depends on.
 """
 
 import io
@@ -27,7 +27,7 @@ from study.files import (
     printable,
     read_json,
 )
-from study.probes import PROBES
+from study.spec.probes import PROBES
 
 app = typer.Typer(
     name="study",
@@ -72,7 +72,7 @@ def _json(text: str, option: str) -> dict[str, Any]:
 
 def _device(gpus: int | None) -> Any:
     """Hold free GPUs of this machine while a stage runs, and hide all others from it."""
-    from study.devices import acquire
+    from study.ledger.devices import acquire
 
     return acquire(gpus)
 
@@ -84,7 +84,7 @@ def _alone(folder: Path, name: str = "lock") -> Any:
     """
     if processing.place() is not None:  # a process of several: it has inherited the lock
         return nullcontext()
-    from study.devices import alone
+    from study.ledger.devices import alone
 
     return alone(folder, name)
 
@@ -110,14 +110,13 @@ def convert(
     code: Annotated[str | None, typer.Option(help="Digest of the converting code.")] = None,
 ) -> None:
     """Convert a source of images to a data set archive."""
-    from study.arms import placed
-    from study.config import Dataset, check
-    from study.contents import look, remember
     from study.data.convert import convert as run
+    from study.ledger.contents import look, remember
+    from study.spec.data import DatasetSettings
+    from study.spec.explain import check
 
     settings = _json(spec, "--spec")
-    named = {"name": settings.get("source"), **settings}
-    check(Dataset, placed(named, source_path or "-"), "--spec: ")
+    check(DatasetSettings, {"name": settings.get("source"), **settings}, "--spec: ")
     seen = look(source_path or settings.get("path"), out)
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
     remember(seen, out, summary, code)
@@ -178,21 +177,23 @@ def train(
     """
     if stop_file is not None and stop_file.exists():
         raise UserError(f"{stop_file} asks trainings to stop; delete it to go on")
-    from study.arms import complete, unshared
-    from study.config import Machine, check
+    from study.combinations import unshared
+    from study.spec.explain import check
+    from study.spec.run import Spec
+    from study.spec.study import Machine
 
-    described, settings = complete(_json(spec, "--spec")), _json(machine, "--machine")
+    described, settings = Spec.read(_json(spec, "--spec")), _json(machine, "--machine")
     check(Machine, settings, "--machine: ")
-    if "checkpoint" in described:
+    if described.checkpoint is not None:
         with _alone(state):
             _take_weights(described, checkpoint, data, out, code)
         return
     processes = settings.get("processes", 1)
     if gpus is None and processes > 1:
-        from study.devices import visible
+        from study.ledger.devices import visible
 
         gpus = processes if visible() else 0
-    problem = unshared(described["training"]["batch"], processes, gpus or 0)
+    problem = unshared(described.training.batch, processes, gpus or 0)
     if problem:
         raise UserError(problem)
     each = max(1, threads // processes) if threads else None
@@ -215,9 +216,7 @@ def train(
         )
 
 
-def _take_weights(
-    spec: dict[str, Any], checkpoint: str, data: Path, out: Path, code: str | None
-) -> None:
+def _take_weights(spec: "Spec", checkpoint: str, data: Path, out: Path, code: str | None) -> None:
     """Import the weights of a run instead of training it.
 
     A function of its own, so that the importing code is no part of the training code.
@@ -225,7 +224,8 @@ def _take_weights(
     from study.importing import import_run
 
     if not checkpoint:
-        raise UserError(f"--checkpoint: missing; the spec names {spec['checkpoint']}")
+        named = spec.checkpoint.sha256 or spec.checkpoint.name
+        raise UserError(f"--checkpoint: missing; the spec names {named}")
     import_run(spec, checkpoint, data, out, code=code)
 
 
@@ -245,14 +245,15 @@ def generate(
 ) -> None:
     """Generate the samples of a trained run."""
     _set_threads(threads)
-    from study.config import Generation, check
+    from study.spec.explain import check
+    from study.spec.measuring import Generation
 
     given = _json(protocol, "--protocol")
     if isinstance(given.get("decoder"), dict):
         given["decoder"] = {"weights": decoder, **given["decoder"]}
     settings = check(Generation, given, "--protocol: ").model_dump(mode="json")
     with _alone(run_dir / "state"), _device(gpus):
-        from study.generation import generate as run
+        from study.sampling.draw import generate as run
 
         run(run_dir, settings, data, out, batch=batch, threads=threads, code=code)
 
@@ -270,8 +271,9 @@ def evaluate(
 ) -> None:
     """Measure samples against the data set's reference."""
     _set_threads(threads)
-    from study.config import Evaluation, check
     from study.fidelity.evaluate import evaluate as run
+    from study.spec.explain import check
+    from study.spec.measuring import Evaluation
 
     settings = _json(protocol, "--protocol")
     check(Evaluation, settings, "--protocol: ")
@@ -377,8 +379,8 @@ def report(
 def runs(config: Config = Path("config.yaml")) -> None:
     """List the runs of a study: folder, arm, seed."""
     from study.arms import runs as resolve
-    from study.config import load
-    from study.plan import check, missing_files
+    from study.ledger.checks import check, missing_files
+    from study.spec.study import load
 
     study = load(config)
     found = resolve(study)
@@ -409,7 +411,7 @@ def plan(
     ] = None,
 ) -> None:
     """Say what a study will cost before it starts."""
-    from study.plan import show
+    from study.ledger.plan import show
 
     show(config, arms=arms, counting=count)
 
@@ -420,7 +422,7 @@ def status(
     watch: Annotated[bool, typer.Option("--watch", help="Keep watching.")] = False,
 ) -> None:
     """Say how far every run is: done, running, diverged, missing, stale."""
-    from study.status import show
+    from study.ledger.status import show
 
     show(config, watch=watch)
 
@@ -428,7 +430,7 @@ def status(
 @app.command(rich_help_panel=STUDIES)
 def stop() -> None:
     """Ask all running trainings of this folder to save a checkpoint and leave."""
-    from study.progress import request_stop
+    from study.ledger.progress import request_stop
 
     request_stop()
 
@@ -501,13 +503,12 @@ def schema(
     probe: Annotated[str | None, typer.Option(help="Of the options of this probe instead.")] = None,
 ) -> None:
     """Print the JSON schema of a study, or of a probe's options."""
-    from study.config import schema as make
     from study.files import write_text
-    from study.probes.options import OPTIONS
+    from study.spec.study import schema as make
 
-    if probe is not None and probe not in OPTIONS:
-        raise UserError(f"--probe: {probe!r} is unknown; allowed: {', '.join(OPTIONS)}")
-    text = json.dumps(OPTIONS[probe].model_json_schema() if probe else make(), indent=1) + "\n"
+    if probe is not None and probe not in PROBES:
+        raise UserError(f"--probe: {probe!r} is unknown; allowed: {', '.join(PROBES)}")
+    text = json.dumps(PROBES[probe].model_json_schema() if probe else make(), indent=1) + "\n"
     if write is None:
         print(text, end="")
     else:

@@ -13,6 +13,7 @@ from study.data import Archive
 from study.diffusion import formulations
 from study.randomness import seed_of
 from study.skips import LongSkips
+from study.spec.run import Spec
 
 AUGMENT_LABELS = 9
 """Entries of EDM's augmentation label vector."""
@@ -52,26 +53,26 @@ class SplitNetwork(Backbone):
         return self.networks[self.active].decoder_blocks()
 
 
-def build_network(spec: dict[str, Any], archive: Archive, checkpointing: bool = False) -> Backbone:
+def build_network(spec: Spec, archive: Archive, checkpointing: bool = False) -> Backbone:
     """The backbone of ``spec`` for the images of ``archive``, initialised by its seed alone.
 
     A formulation with splits gets a ``SplitNetwork``.
     """
-    training = spec["training"]
-    parts = formulations(spec["formulation"])
+    training = spec.training
+    parts = formulations(spec.formulation)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(spec["seeds"]["init"], "init"))
+        torch.manual_seed(seed_of(spec.seeds.init, "init"))
         networks = [
             build(
-                spec["backbone"],
-                spec["skip_scaling"],
+                spec.backbone,
+                spec.skip_scaling,
                 resolution=archive.resolution,
                 channels=archive.channels,
                 out_channels=archive.channels * part.output_multiplier,
-                num_classes=archive.num_classes if training["conditional"] else 0,
-                augment_dim=AUGMENT_LABELS if training["augment"] else 0,
-                attention=training["attention"],
-                dropout=training["dropout"],
+                num_classes=archive.num_classes if training.conditional else 0,
+                augment_dim=AUGMENT_LABELS if training.augment else 0,
+                attention=training.attention,
+                dropout=training.dropout,
                 checkpointing=checkpointing,
             )
             for part in parts

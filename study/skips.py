@@ -20,10 +20,11 @@ convolutional backbones is squeeze-and-excitation (Hu et al. 2018) and our readi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from study.spec.scalings import SkipScaling
 
 REDUCTION = 16
 """Width of a gate's input divided by the width of its hidden layer, as in ScaleLong's code."""
@@ -83,7 +84,7 @@ class Gate(nn.Module):
         return gate.view(skip.shape[0], 1, *skip.shape[2:])
 
 
-def constant_factors(scaling: dict[str, Any], levels: Sequence[int]) -> list[float] | None:
+def constant_factors(scaling: SkipScaling, levels: Sequence[int]) -> list[float] | None:
     """Factors of the long skips, outermost first, or ``None`` where they are learned.
 
     ``levels`` holds the resolution level of every skip, outermost first. For ``cs`` the exponent
@@ -91,28 +92,27 @@ def constant_factors(scaling: dict[str, Any], levels: Sequence[int]) -> list[flo
     resolution share a factor), or (i - 1) m / (N - 1) (``normalised``: the innermost of N skips
     gets kappa^m with m = ``innermost`` on every backbone, so that depths can be compared).
     """
-    count = len(levels)
-    method = scaling["method"]
-    if method == "none":
-        return [1.0] * count
-    if method == "inv_sqrt2":
-        return [2.0**-0.5] * count
-    if method in ("ls", "ls_unshared"):
-        return None
-    if method != "cs":
-        raise ValueError(f"unknown skip scaling {method!r}")
-    exponent = scaling.get("exponent", "per_skip")
+    return None if scaling.learned else CONSTANT[scaling.method](scaling, levels)
+
+
+def _kappa_factors(scaling: SkipScaling, levels: Sequence[int]) -> list[float]:
+    count, exponent = len(levels), scaling.exponent
     if exponent == "per_skip":
         powers = [float(i) for i in range(count)]
     elif exponent == "per_level":
         ranks = {level: rank for rank, level in enumerate(dict.fromkeys(levels))}
         powers = [float(ranks[level]) for level in levels]
-    elif exponent == "normalised":
-        powers = [scaling["innermost"] * i / max(count - 1, 1) for i in range(count)]
     else:
-        raise ValueError(f"unknown exponent {exponent!r}")
-    return [scaling["kappa"] ** power for power in powers]
+        powers = [scaling.innermost * i / max(count - 1, 1) for i in range(count)]
+    return [scaling.kappa**power for power in powers]
 
+
+CONSTANT: dict[str, Callable[[SkipScaling, Sequence[int]], list[float]]] = {
+    "none": lambda scaling, levels: [1.0] * len(levels),
+    "inv_sqrt2": lambda scaling, levels: [2.0**-0.5] * len(levels),
+    "cs": _kappa_factors,
+}
+"""Factors of the long skips, outermost first, of every scaling that is not learned."""
 
 Observer = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], None]
 """Called as observer(index, main, skip, scaled skip, gate or None) at every fusion."""
@@ -135,8 +135,8 @@ class LongSkips:
     shape (``ls``) or per skip (``ls_unshared``).
     """
 
-    def __init__(self, scaling: dict[str, Any], shapes: Sequence[SkipShape], pooling: str) -> None:
-        self.scaling = dict(scaling)
+    def __init__(self, scaling: SkipScaling, shapes: Sequence[SkipShape], pooling: str) -> None:
+        self.scaling = scaling
         self.shapes = list(shapes)
         self.factors = constant_factors(scaling, [shape.level for shape in shapes])
         self.observer: Observer | None = None
@@ -145,14 +145,14 @@ class LongSkips:
         if self.factors is not None or not self.shapes:
             return
         innermost_first = self.shapes[::-1]
-        if scaling["method"] == "ls":
+        if scaling.shared:
             distinct = list(dict.fromkeys(innermost_first))
             self._gate_of = [distinct.index(shape) for shape in self.shapes]
         else:
             distinct = innermost_first
             self._gate_of = list(range(len(self.shapes)))[::-1]
         gates = [Gate(shape.width, pooling) for shape in distinct]
-        single = scaling["method"] == "ls" and len(gates) == 1
+        single = scaling.shared and len(gates) == 1
         self.gates = gates[0] if single else nn.ModuleList(gates)
 
     def __len__(self) -> int:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study.config import Source, Study, leaves, load, read
 from study.files import UserError
+from study.spec.explain import leaves
+from study.spec.origins import Source
+from study.spec.study import Study, load, read
 
 STUDIES = (Path("config.yaml"), Path("workflow/studies"))
 """Where studies lie, seen from the project's folder."""

@@ -13,6 +13,7 @@ from study.diffusion.base import Denoiser
 from study.diffusion.split import SplitDenoiser
 from study.files import UserError, read_object
 from study.network import networks_of
+from study.spec.run import Spec
 
 WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
 """Files in a run's ``train/``: the averaged weights, and those of the last step."""
@@ -64,12 +65,12 @@ def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Pa
     return path
 
 
-def denoiser_of(spec: dict[str, Any], network: Backbone, device: torch.device) -> Denoiser:
+def denoiser_of(spec: Spec, network: Backbone, device: torch.device) -> Denoiser:
     """D(x; sigma) of a run's network, in the precision that the run was trained in.
 
     Of a split network it asks the part that is responsible for sigma.
     """
-    precision = spec["training"]["precision"]
+    precision = spec.training.precision
     half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
 
     def evaluating(one: Any) -> Any:
@@ -79,11 +80,11 @@ def denoiser_of(spec: dict[str, Any], network: Backbone, device: torch.device) -
 
         return evaluate
 
-    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    made = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)
     denoisers = [
         formulation.denoiser(evaluating(one))
         for formulation, one in zip(made, networks_of(network), strict=True)
     ]
     if len(denoisers) == 1:
         return denoisers[0]
-    return SplitDenoiser(denoisers, sorted(spec["formulation"]["splits"], reverse=True))
+    return SplitDenoiser(denoisers, sorted(spec.formulation.splits, reverse=True))

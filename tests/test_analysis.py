@@ -22,6 +22,7 @@ from scipy import stats
 
 from study import arms, published
 from study.analysis import figures, statistics, style
+from study.analysis.figures import base as figures_base
 from study.analysis.figures.samples import read_samples
 from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
@@ -29,11 +30,11 @@ from study.analysis.report.page import report
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.columns import TABLES
 from study.analysis.tables.read import Tables
-from study.analysis.verdicts.base import final_levels, metric_values, pairs
+from study.analysis.verdicts.base import final_levels, metric_values, pairs, verdict
 from study.analysis.verdicts.stability import stability_answer
 from study.analysis.verdicts.stf import stable_quality
-from study.config import load
 from study.files import UserError
+from study.spec.study import load
 
 ROOT = Path(__file__).resolve().parent.parent
 METRIC = "fd_digits_1797"
@@ -340,7 +341,7 @@ def test_better_is_said_only_where_the_test_says_so(tables):
 
 
 def test_verdicts_are_honest_about_few_pairs():
-    judge = statistics.verdict
+    judge = verdict
     assert judge([-1.0, -1.1, -0.9], "x", positive=False).word == "reproduced"
     assert judge([-1.0, -1.1, -0.9], "x", positive=True).word == "not reproduced"
     unclear = judge([-1.0, 1.1, -0.9], "x", positive=False)
@@ -557,15 +558,15 @@ def test_two_builds_give_the_same_files_without_dates(tree, drawn, tmp_path):
         assert b"dc:date" not in content
 
 
-def test_a_new_figure_is_one_function_and_one_line(tables, monkeypatch):
-    monkeypatch.setattr(figures, "FIGURES", dict(figures.FIGURES))
+def test_a_new_figure_is_one_function_and_one_line(tables):
 
-    @figures.drawn
+    @figures_base.drawn("samples")
     def all_seeds(tables):
         """Seeds."""
-        return figures.text_figure("Seeds", str(sorted(set(tables.runs["seed"]))))
+        return figures_base.text_figure("Seeds", str(sorted(set(tables.runs["seed"]))))
 
-    assert "['0', '1']" in texts(figures.FIGURES["all_seeds"](tables))
+    assert all_seeds.section == "samples" and all_seeds.probe is None
+    assert "['0', '1']" in texts(all_seeds(tables))
 
 
 def test_unknown_figure_is_named(tree, tmp_path):

@@ -7,11 +7,14 @@ import pytest
 import torch
 from miniature import base
 
-from study.arms import RUN_PATTERN, canonical, remarks, runs, same_factors
-from study.backbones import FAMILIES, build
-from study.config import SkipScaling, load
+from study.arms import remarks, runs
+from study.backbones import build
 from study.files import UserError
 from study.skips import Gate, constant_factors
+from study.spec.backbones import FAMILIES
+from study.spec.run import RUN_PATTERN, Backbone, Seeds
+from study.spec.scalings import SkipScaling, same_factors
+from study.spec.study import load
 
 OTHER = {"depth": 8}
 
@@ -119,13 +122,10 @@ def test_scalings_are_one_where_the_network_has_one(name, preset):
         )
     checked = kind.options.model_validate(options)
     size = {"resolution": 32, "channels": 3}
-    entry = {"family": name, "options": checked.model_dump(mode="json")}
-    scalings = {
-        text: SkipScaling.model_validate(text).model_dump(mode="json")
-        for text in ("none", "ls", "ls_unshared")
-    }
+    entry = Backbone(family=name, options=checked)
+    scalings = {text: SkipScaling(method=text) for text in ("none", "ls", "ls_unshared")}
     for exponent in ("per_skip", "per_level"):
-        scalings[exponent] = {"method": "cs", "kappa": 0.5, "exponent": exponent, "innermost": None}
+        scalings[exponent] = SkipScaling(method="cs", kappa=0.5, exponent=exponent)
     with torch.device("meta"):
         skips = {text: build(entry, one, **size).long_skips for text, one in scalings.items()}
 
@@ -139,9 +139,7 @@ def test_scalings_are_one_where_the_network_has_one(name, preset):
     for exponent in ("per_skip", "per_level"):
         chosen = SkipScaling(method="cs", kappa=0.5, exponent=exponent)
         same = same_factors(chosen, shapes)
-        assert constant_factors(same.model_dump(), [level for _, level in shapes]) == (
-            skips[exponent].factors
-        )
+        assert constant_factors(same, [level for _, level in shapes]) == (skips[exponent].factors)
         assert (same.method == "none") == (set(skips[exponent].factors) == {1.0})
 
 
@@ -235,7 +233,7 @@ def test_seeds_share_an_arm_and_set_every_axis():
     found = list(runs(load(changed(seed=[0, {"data": 1, "init": 2}]))).values())
     assert len({run.arm for run in found}) == 2
     assert len(found) == 4
-    assert {"data": 1, "init": 2, "noise": 0} in [run.spec["seeds"] for run in found]
+    assert Seeds(data=1, init=2) in [run.spec.seeds for run in found]
 
 
 def test_extra_arms_are_told_apart_on_the_axes():
@@ -256,9 +254,9 @@ def test_grids_can_be_several_and_vary_training():
 
 def test_canonical_form_leaves_defaults_out():
     spec = next(iter(runs(load(base())).values())).spec
-    assert canonical(spec)["training"] == {
+    assert spec.chosen["training"] == {
         "steps": 10,
         "batch": 8,
         "lr": 0.001,
     }
-    assert canonical(spec)["formulation"] == {"kind": "edm"}
+    assert spec.chosen["formulation"] == {"kind": "edm"}

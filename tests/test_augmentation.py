@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from study.diffusion.augmentation import DRAWS, SYM6, Augmentation, Draws
-from study.diffusion.options import AUGMENTATION_LABELS, AugmentationOptions
+from study.diffusion.augmentation import (
+    AUGMENTATION_LABELS,
+    DRAWS,
+    SYM6,
+    Augmentation,
+    AugmentationOptions,
+    Draws,
+)
 
 NONE = dict.fromkeys(AUGMENTATION_LABELS, 0.0)
 

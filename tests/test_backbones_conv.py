@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from study.backbones import FAMILIES, build
+from study.backbones import build as build_backbone
 from study.backbones.patch_unet import from_patches, position_code, to_patches
 from study.files import UserError
 from study.parity import official
+from study.spec.backbones import FAMILIES
+from study.spec.run import Backbone
+from study.spec.scalings import SkipScaling
 
 TINY = ("ddpmpp", "ncsnpp", "patch_unet")
 PLAIN = {"method": "none"}
@@ -25,6 +28,12 @@ def full(family, options):
 
 def preset(family, name):
     return {"family": family, "options": full(family, FAMILIES[family].presets[name])}
+
+
+def build(spec, scaling, **size):
+    """The network; of the scaling, keys that only ``cs`` has are left out of the others."""
+    scaling = scaling if scaling["method"] == "cs" else {"method": scaling["method"]}
+    return build_backbone(Backbone.read(spec), SkipScaling(**scaling), **size)
 
 
 def tiny(family, scaling=PLAIN, **kwargs):

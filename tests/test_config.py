@@ -11,8 +11,8 @@ from miniature import base
 
 from study import cli
 from study.arms import runs
-from study.config import load, schema
 from study.files import UserError
+from study.spec.study import load, schema
 
 ROOT = Path(__file__).parents[1]
 STUDIES = [ROOT / "config.yaml", *sorted((ROOT / "workflow/studies").rglob("*.yaml"))]

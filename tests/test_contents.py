@@ -13,9 +13,9 @@ import pytest
 from conftest import draw
 from PIL import Image
 
-from study import contents, owner
 from study.cli import app
 from study.files import UserError, read_json, sha256, write_json
+from study.ledger import contents, owner
 
 
 def images(folder: Path, count: int = 3, seed: int = 0) -> Path:
@@ -251,7 +251,8 @@ def test_a_large_file_is_settled_while_it_holds_what_its_record_says(tmp_path):
 
 def test_a_process_lives_until_it_ends():
     code = (
-        "import json; from study import owner; print(json.dumps(owner.me()), flush=True); input()"
+        "import json; from study.ledger import owner; print(json.dumps(owner.me()), flush=True)"
+        "; input()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{code}; input()"],

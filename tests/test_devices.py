@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from study import devices
 from study.files import UserError
+from study.ledger import devices
 
 JOB = """
 import os, sys, time
-from study.devices import acquire
+from study.ledger.devices import acquire
 
 slots, log, seconds, n, share = sys.argv[1:]
 with acquire(int(n), slots, int(share), poll=0.01) as taken:
@@ -123,7 +123,7 @@ def test_children_of_a_holder_share_its_devices(tmp_path):
 
 def test_a_folder_is_for_one_process_at_a_time(tmp_path):
     program = (
-        "import sys, time; from study.devices import alone\n"
+        "import sys, time; from study.ledger.devices import alone\n"
         "with alone(sys.argv[1]):\n"
         "    open(sys.argv[2], 'a').write('+')\n"
         "    time.sleep(0.2)\n"
@@ -138,7 +138,7 @@ def test_a_folder_is_for_one_process_at_a_time(tmp_path):
 
 HOLDER = """
 import sys, time
-from study import devices
+from study.ledger import devices
 devices.BEAT = 0.05
 with devices.alone(sys.argv[1]):
     print("held", flush=True)
@@ -190,7 +190,8 @@ def test_a_job_leaves_at_once_while_another_one_lives_and_not_when_it_is_dead(
 def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
     """The lock comes first: with the only device taken, the job leaves all the same."""
     program = (
-        "from study import devices; devices.PATIENCE = 0.2; from study.cli import main; main()"
+        "from study.ledger import devices; devices.PATIENCE = 0.2; "
+        "from study.cli import main; main()"
     )
     protocol = '{"sampler": {"kind": "edm_heun"}}'
     arguments = ["generate", "--run-dir", str(tmp_path), "--protocol", protocol, "--gpus", "1"]

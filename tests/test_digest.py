@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from study import arms, digest
-from study.config import load
+from study import arms
+from study.ledger import digest
+from study.spec.study import load
 
 BASE = {
     "__init__.py": "",
@@ -105,7 +106,8 @@ def default_runs():
 def test_another_source_is_not_part_of_a_conversion(tmp_path):
     shutil.copytree(digest.PACKAGE, tmp_path / "study")
     program = (
-        "from study import digest; print(*map(digest.conversion, ('digits', 'folder', 'zip')))"
+        "from study.ledger import digest; "
+        "print(*map(digest.conversion, ('digits', 'folder', 'zip')))"
     )
 
     def conversions() -> list[str]:
@@ -139,7 +141,7 @@ def test_stages_depend_on_their_rooms_only():
     train = names(verbs["train"])
     assert "study.training.loop" in train
     assert "study.skips" not in {m for m in train if m.startswith("study.analysis")}
-    for foreign in ("study.analysis", "study.fidelity", "study.generation", "study.published"):
+    for foreign in ("study.analysis", "study.fidelity", "study.sampling.draw", "study.published"):
         assert not any(module.startswith(foreign) for module in train), foreign
     figures = names(verbs["figures"])
     assert "study.analysis.figures.quality" in figures
@@ -151,10 +153,10 @@ def test_stages_depend_on_their_rooms_only():
 
 
 def test_another_backbone_file_is_not_part_of_a_run():
-    by_family = {run.spec["backbone"]["family"]: run for run in default_runs()}
+    by_family = {run.spec.backbone.family: run for run in default_runs()}
     assert len(by_family) == 5
     for name, run in by_family.items():
-        roots, exclude = digest._network(run.spec)
+        roots, exclude, _ = digest._network(run.spec)
         own = names((*digest._verbs()["train"], *roots), exclude)
         assert roots[0] in own
         for other in by_family.values():
@@ -164,9 +166,9 @@ def test_another_backbone_file_is_not_part_of_a_run():
 
 
 def test_stable_targets_are_part_of_stf_runs_only():
-    by_target = {run.spec["target"]["kind"]: run for run in default_runs()}
+    by_target = {run.spec.target.kind: run for run in default_runs()}
     for kind, expected in (("stf", True), ("dsm", False)):
-        roots, exclude = digest._network(by_target[kind].spec)
+        roots, exclude, _ = digest._network(by_target[kind].spec)
         found = names((*digest._verbs()["train"], *roots), exclude)
         assert ("study.diffusion.stf" in found) is expected
     run = by_target["stf"]
@@ -175,15 +177,20 @@ def test_stable_targets_are_part_of_stf_runs_only():
 
 EVERY_STAGE = """
 from itertools import product
-from study import arms, digest
-from study.config import load
-from study.diffusion.samplers import REGISTRY
-from study.probes import PROBES
+from study import arms
+from study.ledger import digest
+from study.spec.probes import PROBES
+from study.spec.run import Identity
+from study.spec.samplers import SAMPLERS
+from study.spec.study import load
 
 specs = [run.spec for run in arms.runs(load("config.yaml")).values()]
 print([digest.stage(verb) for verb in digest._verbs() if verb != "parity"])
-print([digest.training({**spec, **more}) for spec in specs for more in ({}, {"checkpoint": "x"})])
-print([digest.generation(spec, sampler) for spec, sampler in product(specs, REGISTRY)])
+print([digest.training(spec) for spec in specs])
+named = {"checkpoint": Identity(name="x")}
+print([digest.training(spec.model_copy(update=named)) for spec in specs])
+walks = [options() for options in SAMPLERS.values()]
+print([digest.generation(spec, sampler) for spec, sampler in product(specs, walks)])
 print([digest.probe(kind, specs) for kind in PROBES])
 """
 

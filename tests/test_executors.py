@@ -17,10 +17,10 @@ from conftest import ROOT, SMOKE
 from packaging.requirements import Requirement
 from PIL import Image
 
-from study import digest
 from study.arms import manifest, runs
-from study.config import load
 from study.files import atomic
+from study.ledger import digest
+from study.spec.study import load
 
 SUBMIT = """\
 #!/bin/sh

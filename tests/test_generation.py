@@ -8,14 +8,14 @@ import pytest
 from miniature import base
 from PIL import Image
 
-from study import generation
 from study.arms import runs
-from study.config import load
 from study.data.convert import convert
 from study.fidelity.evaluate import evaluate
 from study.fidelity.reference import make_reference
 from study.files import UserError, read_json
-from study.generation import generate, tile, to_uint8
+from study.sampling import draw as generation
+from study.sampling.draw import generate, tile, to_uint8
+from study.spec.study import load
 from study.training import train
 
 PROTOCOL = {

@@ -575,12 +575,12 @@ def everything() -> dict[str, bytes]:
 
 def readers():
     """Kind of file -> what reads it, and gives something to compare or nothing."""
-    from study.arms import complete
-    from study.autoencoder import load_decoder
     from study.bounded import read_npz, reading
     from study.fidelity.classifier import load_classifier
     from study.files import UserError, parse_json, read_object
     from study.importing import import_checkpoint
+    from study.sampling.decoder import load_decoder
+    from study.spec.run import Spec
     from study.tensors import read_safetensors
     from study.training import checkpoint
 
@@ -612,7 +612,7 @@ def readers():
         "classifier": load_classifier,
         "samples": samples,
         "json": lambda path: read_object(path, "status"),
-        "spec": lambda path: complete(parse_json(path.read_bytes(), "--spec")),
+        "spec": lambda path: Spec.read(parse_json(path.read_bytes(), "--spec")),
     }
 
 

@@ -21,16 +21,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from study import arms, config, digest
-from study.arms import with_defaults
+from study import arms
 from study.cli import app
 from study.data.convert import convert
 from study.files import UserError, read_json, sha256
-from study.generation import generate
 from study.importing import arm_of, import_checkpoint, import_run, open_checkpoint
 from study.importing.reading import LEGACY_MAGIC, read
+from study.ledger import digest
 from study.network import build_network
 from study.parity import official
+from study.sampling.draw import generate
+from study.spec.measuring import Generation
+from study.spec.run import Spec
+from study.spec.study import load
 
 MARK = "code in the file was executed"
 
@@ -235,7 +238,7 @@ def imported(run_dir):
     shape = types.SimpleNamespace(
         resolution=spec["dataset"]["resolution"] or 8, channels=1, num_classes=10
     )
-    network = build_network(spec, shape).eval()
+    network = build_network(Spec.read(spec), shape).eval()
     network.load_state_dict(load_file(run_dir / "train" / "weights.safetensors"))
     return network, status
 
@@ -420,7 +423,7 @@ def test_tensors_that_share_storage_or_are_half_precision(tmp_path, digits, edm)
 def protocol(**changes):
     sampler = {"kind": "edm_heun", "steps": 2}
     settings = {"sampler": sampler, "images": 6, **changes}
-    return with_defaults(config.Generation, settings)
+    return Generation(**settings).model_dump(mode="json")
 
 
 @pytest.mark.parametrize("kind", ["dynamics", "robustness", "representation"])
@@ -479,7 +482,7 @@ def study(**arm):
 
 
 def only(content):
-    (run,) = arms.runs(config.load(content)).values()
+    (run,) = arms.runs(load(content)).values()
     return run
 
 
@@ -505,22 +508,22 @@ def test_training_settings_of_the_study_are_none_of_an_imported_run():
     assert only(longer).name == first.name
     conditional = only(study(training={"conditional": True}))
     assert conditional.name != first.name
-    assert arms.training_steps(first.spec) == 0
+    assert first.spec.steps == 0
 
 
 def test_trained_arms_keep_their_names():
     content = study()
     content["grid"] = base()["grid"]
     without = {**content, "arms": []}
-    assert set(arms.runs(config.load(without))) < set(arms.runs(config.load(content)))
-    trained = [run for run in arms.runs(config.load(content)).values() if run.grid]
-    assert all(run.checkpoint is None and "checkpoint" not in run.spec for run in trained)
+    assert set(arms.runs(load(without))) < set(arms.runs(load(content)))
+    trained = [run for run in arms.runs(load(content)).values() if run.grid]
+    assert all(run.checkpoint is None and run.spec.checkpoint is None for run in trained)
 
 
 def test_canonical_form_of_an_imported_run_is_completed_to_its_spec():
     for named in ("a.pth", {"path": "a.pth", "sha256": "0" * 64}):
         run = only(study(checkpoint=named, training={"conditional": True}))
-        assert arms.complete(arms.canonical(run.spec)) == run.spec
+        assert Spec.read(run.spec.chosen) == run.spec
 
 
 @pytest.mark.parametrize(
@@ -537,21 +540,21 @@ def test_canonical_form_of_an_imported_run_is_completed_to_its_spec():
 )
 def test_arms_that_cannot_be(change, message):
     with pytest.raises(UserError, match=message):
-        arms.runs(config.load(study(**change)))
+        arms.runs(load(study(**change)))
 
 
 def test_two_files_of_one_name_are_told_apart_or_refused():
     content = study()
     content["arms"] += [{"backbone": "uvit", "checkpoint": "other/nnet_ema.pth"}]
     with pytest.raises(UserError, match=r"arms\[1\]\.checkpoint.*give them names"):
-        arms.runs(config.load(content))
+        arms.runs(load(content))
     content["arms"][1]["checkpoint"] = {"path": "other/nnet_ema.pth", "name": "later"}
-    assert len(arms.runs(config.load(content))) == 2
+    assert len(arms.runs(load(content))) == 2
 
 
 def test_code_of_the_trainer_and_of_the_import_are_apart():
     run = only(study())
-    trained = {key: value for key, value in run.spec.items() if key != "checkpoint"}
+    trained = run.spec.model_copy(update={"checkpoint": None})
     assert digest.training(run.spec) != digest.training(trained)
     modules = digest.closure(digest._verbs()["train"])
     assert not any(module.startswith("study.importing") for module in modules)
@@ -573,7 +576,7 @@ def test_arm_of_a_study_from_import_to_samples(tmp_path, digits, capsys):
     run = only(content | {"arms": [arm]})
 
     arguments = {
-        "--spec": json.dumps(arms.canonical(run.spec)),
+        "--spec": run.spec.key,
         "--checkpoint": run.checkpoint,
         "--code": digest.training(run.spec),
         "--data": digits,
@@ -586,9 +589,9 @@ def test_arm_of_a_study_from_import_to_samples(tmp_path, digits, capsys):
     made, written = imported(tmp_path / run.name)
     assert same_output(made, network, LABELS)
     assert written["run"] == run.name and written["code"] == digest.training(run.spec)
-    assert arms.canonical(written["spec"]) == arms.canonical(run.spec)
+    assert Spec.read(written["spec"]) == run.spec
 
-    from study.status import outdated
+    from study.ledger.status import outdated
 
     assert outdated(run, written) == ""
     settings = protocol(sampler={"kind": "dpm_solver", "steps": 4})

@@ -17,17 +17,17 @@ from study.analysis.report.page import report
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.read import Tables
 from study.arms import manifest, runs
-from study.autoencoder import load_decoder
-from study.config import load
 from study.data import Archive
 from study.data.convert import convert
 from study.fidelity.evaluate import POSSIBLE, Score, _possible, evaluate
 from study.fidelity.reference import make_reference
 from study.files import UserError, read_json, write_json
-from study.generation import generate
+from study.ledger.status import state_of
 from study.pictures import crossed, in_order
 from study.probes.base import probe
-from study.status import state_of
+from study.sampling.decoder import load_decoder
+from study.sampling.draw import generate
+from study.spec.study import load
 from study.training import train
 
 SOUND, LOST, BROKEN = "none", "ls", "cs(0.7)"
@@ -124,7 +124,7 @@ def test_the_grid_crosses_out_what_is_not_there(study):
 def test_interrupted_sampling_knows_what_was_lost(study, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(study[LOST] / "train", folder / "train")
-    from study import generation
+    from study.sampling import draw as generation
 
     calls = []
 
@@ -236,7 +236,7 @@ def test_status_says_why_a_finished_run_has_no_number(study):
 
 
 def test_what_a_decoder_makes_of_latents_counts_as_well(tmp_path):
-    from study.autoencoder import LatentDecoder
+    from study.sampling.decoder import LatentDecoder
 
     torch.manual_seed(0)
     decoder = LatentDecoder(channels=4, widths=[32, 64], blocks=2, scale=0.5)

@@ -11,9 +11,12 @@ import pytest
 import yaml
 from miniature import base
 
-from study import arms, config, digest, plan, progress, status
-from study.config import load
+from study import arms
 from study.files import UserError, write_json
+from study.ledger import checks, digest, plan, progress, status
+from study.spec.probes import Cost, Robustness, ScalingLaws, StabilityFrontier
+from study.spec.run import Spec
+from study.spec.study import load
 
 NOW = 1_000_000.0
 
@@ -34,7 +37,7 @@ def finish(folder: Path, run: arms.Run, **changes) -> None:
         "status": "done",
         "step": 10,
         "steps": 10,
-        "spec": run.spec,
+        "spec": run.spec.content(),
         "code": digest.training(run.spec),
         "images_seen": 80,
         "train_seconds": 40.0,
@@ -90,7 +93,7 @@ def test_trained_run_waits_for_its_samples(run, tmp_path):
 def test_other_settings_or_code_are_stale(run, tmp_path):
     finish(tmp_path, run, code="0" * 16)
     assert status.state_of(run, tmp_path).note == "the training code has changed"
-    other = {**run.spec, "training": {**run.spec["training"], "lr": 0.5}}
+    other = run.spec.changed(training={"lr": 0.5}).content()
     finish(tmp_path, run, spec=other)
     assert status.state_of(run, tmp_path).note == "made with other settings"
 
@@ -106,7 +109,7 @@ def test_samples_of_another_protocol_or_code_are_stale(run, study, tmp_path):
     protocol = study.generation
     made = {
         "status": "done",
-        "sampler": protocol.sampler.resolved(),
+        "sampler": protocol.sampler.model_dump(mode="json"),
         "seed": protocol.seed,
         "weights": protocol.weights,
         "images": 64,
@@ -132,11 +135,11 @@ def test_samples_of_another_protocol_or_code_are_stale(run, study, tmp_path):
 
 def test_a_run_waits_for_its_probes(run, study, tmp_path):
     finish(tmp_path, run)
-    probing = study.model_copy(update={"probes": (config.Probe(kind="robustness"),)})
+    probing = study.model_copy(update={"probes": (Robustness(),)})
     found = status.state_of(run, tmp_path, study=probing)
     assert (found.state, found.stage, found.note) == ("waiting", "probe", "robustness")
     path = tmp_path / "probes/robustness.json"
-    options = probing.probes[0].resolved() | {"seeds": [0], "batch": 3}
+    options = probing.probes[0].model_dump(mode="json") | {"seeds": [0], "batch": 3}
     write_json(path, {"options": options, "code": digest.probe("robustness", [run.spec])})
     assert status.state_of(run, tmp_path, study=probing).state == "done"
     write_json(path, {"options": options | {"samples": 3}})
@@ -144,14 +147,14 @@ def test_a_run_waits_for_its_probes(run, study, tmp_path):
     assert (found.state, found.note) == ("stale", "robustness: made with other options")
     write_json(path, {"options": options, "code": "0" * 16})
     assert status.state_of(run, tmp_path, study=probing).note == "robustness: its code has changed"
-    elsewhere = config.Probe(kind="cost", seeds=[7])
+    elsewhere = Cost(seeds=(7,))
     probing = study.model_copy(update={"probes": (elsewhere,)})
     assert status.state_of(run, tmp_path, study=probing).state == "done"
 
 
 def test_run_from_before_an_option_existed_is_not_stale(run, tmp_path):
-    training = {key: value for key, value in run.spec["training"].items() if key != "attention"}
-    finish(tmp_path, run, spec={**run.spec, "training": training})
+    training = {k: v for k, v in run.spec.content()["training"].items() if k != "attention"}
+    finish(tmp_path, run, spec={**run.spec.content(), "training": training})
     assert status.state_of(run, tmp_path).state == "done"
 
 
@@ -162,8 +165,8 @@ def test_broken_file_is_not_a_result(run, tmp_path):
 
 
 def test_defaults_left_out_of_a_spec_come_back(run):
-    assert arms.complete(arms.canonical(run.spec)) == run.spec
-    assert arms.complete(run.spec) == run.spec
+    assert Spec.read(run.spec.chosen) == run.spec
+    assert Spec.read(run.spec.content()) == run.spec
 
 
 # --- plan ------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def test_plan_counts_what_training_builds(study, tmp_path):
     assert len(rows) == 2
     for row in rows:
         spec = row.run.spec
-        network = build(spec["backbone"], spec["skip_scaling"], resolution=8, channels=1)
+        network = build(spec.backbone, spec.skip_scaling, resolution=8, channels=1)
         assert row.network.parameters == sum(p.numel() for p in network.parameters())
         assert row.images_seen == 80
         assert row.why == "missing"
@@ -187,11 +190,11 @@ def test_plan_counts_what_training_builds(study, tmp_path):
 
 
 def test_probes_cost_time_until_they_are_made(study, tmp_path):
-    probing = study.model_copy(update={"probes": (config.Probe(kind="robustness"),)})
+    probing = study.model_copy(update={"probes": (Robustness(),)})
     before = plan.plan(probing, tmp_path, counting=False)[0]
     assert before.seconds["probe"] == plan.STARTING + plan.PROBE
     folder = tmp_path / study.study / "runs"
-    options = probing.probes[0].resolved() | {"batch": 3}  # speed alone
+    options = probing.probes[0].model_dump(mode="json") | {"batch": 3}  # speed alone
     path = folder / before.run.name / "probes/robustness.json"
     write_json(path, {"seconds": 2.0, "options": options})
     first, other = plan.plan(probing, tmp_path, counting=False)
@@ -204,8 +207,8 @@ def test_probes_cost_time_until_they_are_made(study, tmp_path):
 
 
 def test_short_trainings_cost_their_steps(study, tmp_path):
-    frontier = config.Probe(kind="stability_frontier", lr=[0.1, 1.0], steps=50)
-    law = config.Probe(kind="scaling_laws")
+    frontier = StabilityFrontier(lr=(0.1, 1.0), steps=50)
+    law = ScalingLaws()
     probing = study.model_copy(update={"probes": (frontier, law)})
     rows = plan.plan(probing, tmp_path, counting=True)
     for row in rows:
@@ -232,7 +235,7 @@ def test_counts_are_kept_and_need_no_torch_again(tmp_path):
     own["backbones"]["uvit"]["options"] = {"embed_dim": 24}  # not among the shipped counts
     config.write_text(yaml.safe_dump(own))
     program = (
-        "import sys; from study.plan import show; show(sys.argv[1], results=sys.argv[2]);"
+        "import sys; from study.ledger.plan import show; show(sys.argv[1], results=sys.argv[2]);"
         "print('torch' in sys.modules)"
     )
     said = [
@@ -288,14 +291,14 @@ def test_jobs_are_packed_longest_first():
 
 
 def test_one_name_for_two_data_sets_is_one_line(study, tmp_path):
-    plan.check_shared(study, tmp_path)
+    checks.check_shared(study, tmp_path)
     other = base() | {"study": "other"}
     progress.remember(tmp_path / "other/study.json", arms.manifest(load(other), {}))
-    plan.check_shared(study, tmp_path)
+    checks.check_shared(study, tmp_path)
     other["dataset"] = {**other["dataset"], "max_images": 10}
     progress.remember(tmp_path / "other/study.json", arms.manifest(load(other), {}))
     with pytest.raises(UserError, match=r"dataset\.name: 'digits' .* max_images: 10 instead of"):
-        plan.check_shared(study, tmp_path)
+        checks.check_shared(study, tmp_path)
 
 
 def test_an_average_that_has_not_begun_is_told(tmp_path, capsys):

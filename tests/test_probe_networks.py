@@ -16,8 +16,7 @@ from study.analysis import figures
 from study.analysis.figures.representation import ridge
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.read import Tables
-from study.arms import complete, runs
-from study.config import load
+from study.arms import runs
 from study.data import Archive
 from study.data.convert import convert
 from study.network import build_network, networks_of
@@ -32,6 +31,7 @@ from study.probes.representation import (
     relative_amplitude,
     ring_power,
 )
+from study.spec.study import load
 from study.training import train
 
 SCALING = "ls"
@@ -175,7 +175,7 @@ def test_tokens_return_to_their_grid_without_those_of_time_and_label():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_long_skip_joins_an_encoder_block_to_a_decoder_block(family, data):
     archive = Archive(data)
-    network = build_network(complete(spec_of(family, "none")), archive).eval()
+    network = build_network(spec_of(family, "none"), archive).eval()
     x, label = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
     with torch.no_grad(), Recorder(network) as recorder:
         for _ in range(2):  # a second pass starts anew
@@ -271,7 +271,7 @@ def test_macs_of_linear_convolution_and_attention():
 
 
 def test_macs_of_a_network_contain_its_attention(data):
-    spec, archive = complete(spec_of(scaling="none")), Archive(data)
+    spec, archive = spec_of(scaling="none"), Archive(data)
     found = cost.network_macs(ArmSubject(archive, torch.device("cpu"), spec))
     tokens, width, blocks = 18, 32, 5
     by_hand = 16 * 4 * width  # patch embedding
@@ -315,11 +315,13 @@ def test_cost_has_every_quantity(tmp_path, data, target, monkeypatch):
     assert list(table.index) == list(cost.UNITS)
     known = table.value.drop("train_peak_memory")
     assert (known > 0).all()
-    network = build_network(complete(spec), Archive(data))
+    network = build_network(spec, Archive(data))
     assert known["parameters"] == sum(p.numel() for p in networks_of(network)[0].parameters())
     assert known["train_throughput"] == pytest.approx(8 / known["train_step"])
     # Twice the channels: more than twice the operations, and more to keep.
-    spec["backbone"]["options"]["model_channels"] *= 2
+    channels = 2 * spec.backbone.options.model_channels
+    wider = spec.chosen["backbone"]["options"] | {"model_channels": channels}
+    spec = spec.changed(backbone={"options": wider})
     wide = measured("cost", tmp_path, data, options, spec=spec).set_index("quantity").value
     assert wide["macs"] > 2 * known["macs"]
     assert wide["activation_memory"] > 1.5 * known["activation_memory"]

@@ -16,13 +16,13 @@ from study.analysis import figures
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.read import Tables
 from study.arms import manifest, runs
-from study.config import load
 from study.data import Archive
 from study.data.convert import convert
 from study.files import UserError, write_json
 from study.probes.base import DatasetSubject, StudySubject, probe
-from study.probes.options import ScalingLaws
 from study.probes.scaling_laws import Recursion, bound, jacobian, measure
+from study.spec.probes import ScalingLaws
+from study.spec.study import load
 
 UVIT = {"options": {"embed_dim": 32, "depth": 8, "num_heads": 2}}
 SMALL = {"depths": (2, 6), "width": 64, "draws": 48, "directions": 2, "backbone_draws": 0}

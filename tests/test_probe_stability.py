@@ -19,15 +19,17 @@ from study.analysis import figures
 from study.analysis.figures.rates import largest_rates
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.read import Tables
-from study.arms import complete, runs
-from study.config import check, load
+from study.arms import runs
 from study.data import Archive
 from study.data.convert import convert
 from study.files import UserError
 from study.network import SplitNetwork
 from study.probes import robustness, stability_frontier
 from study.probes.base import ArmSubject, RunSubject, probe
-from study.probes.options import Robustness, StabilityFrontier
+from study.spec.explain import check
+from study.spec.probes import Robustness, StabilityFrontier
+from study.spec.run import Identity
+from study.spec.study import load
 from study.training import Interrupted, train
 from study.training.dynamics import Table
 
@@ -48,7 +50,7 @@ def spec(scaling: str = "none", seed: int = 0, formulation: str | dict = "edm", 
     content["backbones"] = {"uvit": {"options": {"embed_dim": 16, "depth": 4, "num_heads": 2}}}
     content["training"] = {"steps": 6, "batch": 8, "lr": 1e-3, "warmup": 2, **training}
     content["formulation"] = formulation
-    return complete(next(iter(runs(load(content)).values())).spec)
+    return next(iter(runs(load(content)).values())).spec
 
 
 # --- robustness ----------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ def test_a_linear_network_has_its_known_gain_at_every_size(data, factor):
     assert len(raw) == 9
     assert raw["gain"].to_numpy() == pytest.approx(abs(factor), rel=1e-4)
     assert raw["standard_error"].max() < 1e-4
-    data_sd = spec()["formulation"]["sigma_data"]
+    data_sd = spec().formulation.sigma_data
     for row in table[table["space"] == "noise"].itertuples():
         s = row.sigma
         total = s**2 + data_sd**2
@@ -250,7 +252,7 @@ def fake(monkeypatch, losses: dict[float, list[float]], diverged: tuple[float, .
     seen = []
 
     def pretend(the_spec, data, out, state, **options):
-        lr = the_spec["training"]["lr"]
+        lr = the_spec.training.lr
         seen.append(the_spec)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         print("done")
@@ -263,7 +265,7 @@ def fake(monkeypatch, losses: dict[float, list[float]], diverged: tuple[float, .
             "status": "diverged" if lost else "done",
             "reason": "loss spike" if lost else None,
             "step": 3,
-            "steps": the_spec["training"]["steps"],
+            "steps": the_spec.training.steps,
             "final_loss": None if lost else losses[lr][-1],
         }
 
@@ -276,10 +278,10 @@ def test_the_arms_own_settings_and_seeds_but_rate_steps_and_warmup(scan, monkeyp
     own = spec(seed=3, steps=100, warmup=100, clip=1.0, optimizer="adamw")
     measured = scan(own, lr=(0.5,), steps=12, warmup=4)
     changed = {"lr": 0.5, "steps": 12, "warmup": 4}
-    assert seen == [{**own, "training": {**own["training"], **changed}}]
+    assert seen == [own.changed(training=changed)]
     assert measured.facts["warmup"] == 4
     scan(spec(warmup=2), lr=(0.5,), warmup=4)
-    assert seen[1]["training"]["warmup"] == 2
+    assert seen[1].training.warmup == 2
 
 
 def test_outcomes_follow_the_losses_and_beyond_goes_on(scan, monkeypatch):
@@ -307,7 +309,7 @@ def test_every_network_of_a_split_run_has_to_train(scan, monkeypatch):
     measured = scan(spec(formulation=kind, models=models), lr=(0.1, 0.2), steps=4, warmup=2)
     assert measured.columns["outcome"] == ["trained", "stalled"]
     assert measured.columns["first_loss"] == [1.0, 2.0]
-    short = [[m["split"], m["start"], m["lr"], m["steps"]] for m in seen[0]["training"]["models"]]
+    short = [[m.split, m.start, m.lr, m.steps] for m in seen[0].training.models]
     assert short == [[1, None, None, None], [0, 1, None, None]]
 
 
@@ -322,7 +324,7 @@ def test_an_interrupted_scan_says_so(scan, monkeypatch):
 
 
 def test_imported_weights_have_no_frontier(scan):
-    measured = scan({**spec(), "checkpoint": {"sha256": "ab"}})
+    measured = scan(spec().model_copy(update={"checkpoint": Identity(name="ab")}))
     assert measured.columns == {}
 
 

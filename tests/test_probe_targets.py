@@ -15,14 +15,14 @@ from miniature import base
 from study.analysis import figures
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.read import Tables
-from study.config import load
 from study.data import Archive
 from study.data.convert import convert
 from study.files import UserError
 from study.probes import optimal_denoiser, posterior, target_variance
 from study.probes.base import DatasetSubject, probe
-from study.probes.options import OptimalDenoiser, TargetVariance
 from study.probes.posterior import Points
+from study.spec.probes import OptimalDenoiser, TargetVariance
+from study.spec.study import load
 
 CPU = torch.device("cpu")
 

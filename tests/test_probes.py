@@ -1,6 +1,5 @@
 """What all probes share: subjects, options, results, the command line, digests."""
 
-import json
 import subprocess
 import sys
 
@@ -10,14 +9,16 @@ import torch
 from miniature import base
 from safetensors.torch import save_file
 
-from study import arms, digest
-from study.config import load
+from study import arms
 from study.data import Archive
 from study.data.convert import convert
 from study.files import UserError, read_json, sha256, write_json
-from study.probes import PROBES
+from study.ledger import digest
 from study.probes import base as probes
-from study.probes.options import OPTIONS
+from study.spec.backbones import FAMILIES
+from study.spec.probes import PROBES
+from study.spec.run import Backbone
+from study.spec.study import load
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,10 @@ def study(**changes):
 
 
 def test_every_probe_has_options_and_a_module():
-    assert list(PROBES) == list(OPTIONS)
-    for kind, module in PROBES.items():
-        assert digest.closure((module,)), kind
-        assert OPTIONS[kind]().subject in ("run", "arm", "dataset", "study")
+    for kind, model in PROBES.items():
+        assert model().kind == kind
+        assert digest.closure((model.implementation.partition(":")[0],)), kind
+        assert model().subject in ("run", "arm", "dataset", "study")
 
 
 @pytest.mark.parametrize(
@@ -84,11 +85,11 @@ def test_a_probe_looks_at_the_seeds_it_names():
 def test_settings_leave_out_defaults_seeds_and_speed(declared, settings, speed):
     (probe,) = study(probes=[declared]).probes
     assert probe.settings() == {settings: declared[settings]}
-    assert probe.speed() == {speed: declared[speed]}
+    assert probe.speed_settings() == {speed: declared[speed]}
     (cost,) = study(probes=[{"kind": "cost", "batch": 8}]).probes
     assert cost.settings() == {"batch": 8}  # here it changes what is timed
     (plain,) = study(probes=["robustness"]).probes
-    assert plain.settings() == plain.speed() == {}
+    assert plain.settings() == plain.speed_settings() == {}
 
 
 def test_a_seed_that_no_run_has_is_named():
@@ -109,11 +110,11 @@ def test_networks_of_a_study_are_not_told_apart_by_training_or_scaling():
 
 
 def test_a_probe_depends_on_its_own_code_and_its_networks(run):
-    other = json.loads(json.dumps(run.spec))
-    other["backbone"]["family"] = "ddpmpp"
+    tiny = Backbone(family="ddpmpp", options=FAMILIES["ddpmpp"].options())
+    other = run.spec.model_copy(update={"backbone": tiny})
     assert digest.probe("robustness", [run.spec]) != digest.probe("dynamics", [run.spec])
     assert digest.probe("robustness", [run.spec]) != digest.probe("robustness", [other])
-    roots = (*digest._verbs()["probe"], PROBES["robustness"])
+    roots = (*digest._verbs()["probe"], PROBES["robustness"].implementation.partition(":")[0])
     code = digest.closure(tuple(sorted(roots)))
     assert "study.probes.robustness" in code
     assert "study.probes.scaling_laws" not in code
@@ -141,7 +142,7 @@ def test_a_probe_writes_a_table_and_says_where_it_came_from(archive, tmp_path):
 
 
 def test_a_probe_of_a_diverged_run_has_no_rows_and_says_why(archive, run, tmp_path):
-    status = {"status": "diverged", "step": 3, "reason": "loss spike", "spec": run.spec}
+    status = {"status": "diverged", "step": 3, "reason": "loss spike", "spec": run.spec.content()}
     write_json(tmp_path / "train/status.json", status)
     result, table = measure("robustness", archive, tmp_path, run_dir=tmp_path)
     assert result["status"] == "skipped"
@@ -150,7 +151,7 @@ def test_a_probe_of_a_diverged_run_has_no_rows_and_says_why(archive, run, tmp_pa
 
 
 def test_weights_are_hashed_that_were_looked_at_and_missed_in_one_line(archive, run, tmp_path):
-    status = {"status": "done", "step": 10, "steps": 10, "spec": run.spec}
+    status = {"status": "done", "step": 10, "steps": 10, "spec": run.spec.content()}
     write_json(tmp_path / "train/status.json", status)
     with pytest.raises(UserError, match=r"weights.safetensors: missing; train the run again"):
         measure("robustness", archive, tmp_path, run_dir=tmp_path)
@@ -207,7 +208,7 @@ def test_the_command_line_measures_by_hand(archive, tmp_path):
 
 
 def test_a_probe_of_an_arm_takes_a_run_for_its_spec(archive, run, tmp_path):
-    write_json(tmp_path / "train/status.json", {"status": "done", "spec": run.spec})
+    write_json(tmp_path / "train/status.json", {"status": "done", "spec": run.spec.content()})
     options = {"steps": 1, "evaluation_batch": 2, "batch": 2}
     result, _ = measure("cost", archive, tmp_path, run_dir=tmp_path, options=options)
-    assert result["spec"] == arms.complete(run.spec)
+    assert result["spec"] == run.spec.content()

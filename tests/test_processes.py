@@ -17,9 +17,9 @@ from miniature import base
 
 from study import processes
 from study.arms import runs
-from study.config import load
 from study.data.convert import convert
 from study.files import UserError, read_json
+from study.spec.study import load
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
@@ -58,7 +58,7 @@ def spec(**training) -> dict:
 
 def command(data: Path, folder: Path, the_spec: dict, **machine) -> list[str]:
     return [
-        *(sys.executable, "-m", "study", "train", "--spec", json.dumps(the_spec)),
+        *(sys.executable, "-m", "study", "train", "--spec", the_spec.key),
         *("--data", str(data), "--out", str(folder / "train"), "--state", str(folder / "state")),
         *("--threads", "2", "--gpus", "0", "--machine", json.dumps(machine)),
     ]
@@ -337,8 +337,7 @@ def test_xformers_without_a_gpu_is_one_line_before_anything_starts(data, tmp_pat
     with pytest.raises(UserError, match=r"xformers needs an NVIDIA GPU, but machine\.gpus is 0"):
         runs(load(content))
     assert runs(load(content | {"machine": {"gpus": 1}}))
-    by_hand = spec()
-    by_hand["training"]["attention"] = "xformers"
+    by_hand = spec().changed(training={"attention": "xformers"})
     done = finish(command(data, tmp_path, by_hand))
     assert done.returncode == 2
     assert done.stderr.startswith("study: training.attention: xformers needs an NVIDIA GPU")

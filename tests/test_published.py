@@ -13,16 +13,17 @@ from miniature import base
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from study import plan, sources
-from study.arms import runs, training_steps, unsupported
-from study.autoencoder import LatentDecoder, load_decoder
-from study.backbones import FAMILIES
-from study.config import load, read
+from study import sources
+from study.arms import runs
 from study.data import Archive
 from study.data.convert import convert
 from study.files import UserError, read_json
-from study.generation import generate
+from study.ledger import plan
 from study.network import arithmetic
+from study.sampling.decoder import LatentDecoder, load_decoder
+from study.sampling.draw import generate
+from study.spec.backbones import FAMILIES
+from study.spec.study import load, read
 from study.training import Interrupted, train
 
 FOLDER = ROOT / "workflow/studies/published"
@@ -108,7 +109,11 @@ def test_network_is_the_preset_of_that_size(name):
     kind = FAMILIES[family]
     whole = kind.options.model_validate(kind.presets[preset]).model_dump(mode="json")
     for run in runs(load(FILES[name])).values():
-        assert run.spec["backbone"] == {"family": family, "options": whole, "noise_scale": 1.0}
+        assert run.spec.content()["backbone"] == {
+            "family": family,
+            "options": whole,
+            "noise_scale": 1.0,
+        }
 
 
 @pytest.mark.parametrize(
@@ -135,7 +140,7 @@ def test_uvit_follows_the_released_configuration(name):
     assert training.warmup == facts["lr_scheduler"]["warmup_steps"]
     assert training.conditional == (facts["train"].get("mode") == "cond")
     assert generation.images == facts["sample"]["n_samples"]
-    assert generation.sampler.resolved()["steps"] == facts["sample"]["sample_steps"]
+    assert generation.sampler.steps == facts["sample"]["sample_steps"]
     assert study.published.parameters == facts["n_params"]
     scale = facts["sample"].get("scale")
     assert (generation.guidance.scale if generation.guidance else None) == scale
@@ -148,7 +153,7 @@ def test_uvit_follows_the_released_configuration(name):
 
 def test_scalelong_is_uvit_with_five_scalings_and_two_batch_sizes():
     scaled = runs(load(FILES["scalelong-cifar10"]))
-    batches = [run.spec["training"]["batch"] for run in scaled.values()]
+    batches = [run.spec.training.batch for run in scaled.values()]
     methods = {str(run.axes["skip_scaling"]) for run in scaled.values()}
     assert sorted(batches) == [64] * 5 + [128] * 5
     assert methods == {"none", "inv_sqrt2", "cs(0.5)", "ls", "ls_unshared"}
@@ -164,9 +169,9 @@ def test_guidance_of_udit_is_a_matter_of_sampling_alone(size):
 
 def test_split_models_train_in_the_published_order():
     (run,) = runs(load(FILES["patch-imagenet256"])).values()
-    assert training_steps(run.spec) == 2 * 500_000
-    first, second = run.spec["training"]["models"]
-    assert (first["split"], second["split"], second["start"]) == (1, 0, 1)
+    assert run.spec.steps == 2 * 500_000
+    first, second = run.spec.models
+    assert (first.split, second.split, second.start) == (1, 0, 1)
 
 
 @pytest.mark.parametrize("name", ["scalelong-cifar10", "udit-b-guided"])
@@ -320,9 +325,9 @@ def test_guidance_may_be_a_number_or_a_mapping():
 def test_texts_are_refused_before_anything_starts():
     study = load(FILES["uvit-mscoco"])
     (run,) = runs(study).values()
-    assert "hold no texts" in unsupported(run.spec)
-    assert unsupported(run.spec) in plan.summary(study, plan.plan(study, counting=False))
-    assert unsupported(next(iter(runs(load(base())).values())).spec) is None
+    assert "hold no texts" in run.spec.unsupported
+    assert run.spec.unsupported in plan.summary(study, plan.plan(study, counting=False))
+    assert next(iter(runs(load(base())).values())).spec.unsupported is None
 
 
 # --- what the stages do with it --------------------------------------------------------------
@@ -412,8 +417,8 @@ def test_udit_drops_labels_in_training(digits, tmp_path):
     options = {"preset": "tiny", "options": {"class_dropout_prob": 0.5}}
     the_spec = spec("udit", options, training=training(steps=4, lr=1e-2, conditional=True))
     weights = trained(tmp_path / "a", digits, the_spec)
-    never = {**the_spec, "backbone": json.loads(json.dumps(the_spec["backbone"]))}
-    never["backbone"]["options"]["class_dropout_prob"] = 1e-9
+    options["options"]["class_dropout_prob"] = 1e-9
+    never = spec("udit", options, training=training(steps=4, lr=1e-2, conditional=True))
     other = trained(tmp_path / "b", digits, never)
     for number in (1, 2, 3):
         key = f"y_embedder_{number}.embedding_table.weight"

@@ -88,7 +88,8 @@ class Small(Project):
     def targets(self) -> list[str]:
         # Not `study runs`, which makes the checks whose words are to be seen from snakemake.
         names = (
-            "from study.arms import runs; from study.config import load; print(*runs(load({!r})))"
+            "from study.arms import runs; from study.spec.study import load; "
+            "print(*runs(load({!r})))"
         )
         listed = self.python("-c", names.format(self.config))
         assert listed.returncode == 0, listed.stderr
@@ -387,7 +388,7 @@ def test_a_second_seed_of_the_classifier_that_studies_share_is_one_line(tmp_path
     manifest.parent.mkdir(parents=True)
     listed = small.python(
         "-c",
-        "import json; from study.arms import manifest, runs; from study.config import load; "
+        "import json; from study.arms import manifest, runs; from study.spec.study import load; "
         "study = load('t.yaml'); print(json.dumps(manifest(study, runs(study))))",
     )
     manifest.write_text(listed.stdout)

@@ -38,9 +38,9 @@ from study.analysis.verdicts.scalelong import (
 )
 from study.analysis.verdicts.stability import _cells, _matrix_cell, arm_words, stability_answer
 from study.analysis.verdicts.stf import label_bias
-from study.config import load
 from study.data.convert import convert
 from study.probes.base import probe
+from study.spec.study import load
 
 ROOT = Path(__file__).parents[1]
 GRID = {"backbones": ("uvit", "udit"), "scalings": ("none", "inv_sqrt2", "cs(0.7)")}

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from study.diffusion import FORMULATIONS, formulation
+from study.diffusion import formulation
 from study.diffusion.stf import StableTarget, reference_batch
+from study.spec.formulations import FORMULATIONS
 
 SIGMAS = (1e-3, 1e-2, 0.1, 0.5, 2.0, 20.0, 80.0, 1e3)
 

@@ -1,6 +1,5 @@
 """Training: exact resuming, divergence as a result, the same numbers however it is run."""
 
-import json
 import math
 import os
 import re
@@ -18,9 +17,11 @@ from safetensors.torch import load_file
 
 from study.arms import runs
 from study.averaging import BEGUN, decay, initial_share, remark
-from study.config import load
 from study.data.convert import convert
 from study.files import UserError, read_json
+from study.spec.run import Identity
+from study.spec.study import load
+from study.spec.training import Ema as Average
 from study.training import Interrupted, checkpoint, train
 from study.training.divergence import Watch
 from study.training.ema import Ema
@@ -102,8 +103,7 @@ def test_the_same_spec_gives_the_same_bytes_and_another_seed_does_not(tmp_path, 
     run(tmp_path, data, spec(), "a")
     run(tmp_path, data, spec(), "b")
     assert contents(tmp_path / "a/train") == contents(tmp_path / "b/train")
-    other = spec()
-    other["seeds"] = {**other["seeds"], "noise": 1}
+    other = spec().changed(seeds={"noise": 1})
     run(tmp_path, data, other, "c")
     assert contents(tmp_path / "a/train") != contents(tmp_path / "c/train")
 
@@ -111,7 +111,7 @@ def test_the_same_spec_gives_the_same_bytes_and_another_seed_does_not(tmp_path, 
 def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, data):
     whole = spec(steps=150)
     run(tmp_path, data, whole, "whole")
-    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(whole)]
+    command = [sys.executable, "-m", "study", "train", "--spec", whole.key]
     command += ["--data", str(data), "--out", str(tmp_path / "k/train"), "--threads", "1"]
     command += ["--state", str(tmp_path / "k/state"), "--machine", '{"save_every": 0.1}']
     process = subprocess.Popen(command, cwd=ROOT)
@@ -130,7 +130,7 @@ def test_a_killed_run_resumes_from_its_checkpoint(tmp_path, data):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1"])
 def test_a_signal_saves_a_checkpoint_and_leaves(tmp_path, data, name):
-    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(spec(steps=100000))]
+    command = [sys.executable, "-m", "study", "train", "--spec", spec(steps=100000).key]
     command += ["--data", str(data), "--out", str(tmp_path / "k/train"), "--threads", "1"]
     command += ["--state", str(tmp_path / "k/state")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -206,7 +206,7 @@ def test_micro_batches_give_the_same_numbers_within_rounding(tmp_path, data, siz
 
 def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
     run(tmp_path, data, spec(), "one")
-    command = [sys.executable, "-m", "study", "train", "--spec", json.dumps(spec())]
+    command = [sys.executable, "-m", "study", "train", "--spec", spec().key]
     command += ["--data", str(data), "--out", str(tmp_path / "two/train"), "--threads", "2"]
     command += ["--state", str(tmp_path / "two/state"), "--machine", '{"processes": 2}']
     done = subprocess.run(
@@ -268,19 +268,19 @@ def test_ema_by_rate_and_by_half_life():
     torch.nn.init.zeros_(module.weight)
     ema = Ema(module)
     torch.nn.init.ones_(module.weight)
-    ema.update(decay({"rate": 0.9, "halflife": None, "rampup": None}, 8, 8))
+    ema.update(decay(Average(rate=0.9), 8, 8))
     assert ema.state_dict()["weight"].item() == pytest.approx(0.1)
-    halflife = {"rate": None, "halflife": 100.0, "rampup": None}
+    halflife = Average(halflife=100)
     assert decay(halflife, 100, 10**6) == pytest.approx(0.5)
-    assert decay({**halflife, "rampup": 0.05}, 100, 1000) == pytest.approx(0.25)
+    assert decay(Average(halflife=100, rampup=0.05), 100, 1000) == pytest.approx(0.25)
 
 
 def test_a_rate_that_ramps_up_forgets_the_start():
-    ramped = {"rate": 0.99, "rampup": 0.05}
+    ramped = Average(rate=0.99, rampup=0.05)
     assert decay(ramped, 8, 0) == 0.0
     assert decay(ramped, 8, 8 * 20) == pytest.approx(0.5)  # a twentieth of 20 steps is one
-    assert decay(ramped, 8, 8 * 10**6) == decay({"rate": 0.99}, 8, 0) == 0.99
-    assert decay({**ramped, "rampup": None}, 8, 8) == 0.99
+    assert decay(ramped, 8, 8 * 10**6) == decay(Average(rate=0.99), 8, 0) == 0.99
+    assert decay(Average(rate=0.99), 8, 8) == 0.99
 
 
 @pytest.mark.parametrize(
@@ -294,12 +294,13 @@ def test_a_rate_that_ramps_up_forgets_the_start():
     ],
 )
 def test_what_an_average_holds_of_the_start_is_the_product_of_its_decays(ema, share):
-    found = initial_share(ema, 32, 400)
-    product = math.prod(decay(ema, 32, 32 * step) for step in range(1, 400))
+    average = Average(**ema)
+    found = initial_share(average, 32, 400)
+    product = math.prod(decay(average, 32, 32 * step) for step in range(1, 400))
     assert found == pytest.approx(share, abs=BEGUN)
     assert product == pytest.approx(share, abs=BEGUN)
     text = remark(spec(steps=400, batch=16, ema=ema))
-    assert bool(text) == (initial_share(ema, 16, 400) >= BEGUN)
+    assert bool(text) == (initial_share(average, 16, 400) >= BEGUN)
 
 
 def test_models_of_splits_are_averaged_over_their_own_steps():
@@ -309,7 +310,7 @@ def test_models_of_splits_are_averaged_over_their_own_steps():
     content["training"] |= {"ema": {"rate": 0.99}, "models": lists}
     one = next(iter(runs(load(content)).values())).spec
     assert remark(one) == "the average still holds 82 % of the initial weights"
-    imported = {**one, "checkpoint": {"name": "theirs"}}
+    imported = one.model_copy(update={"checkpoint": Identity(name="theirs")})
     assert remark(imported) == ""
 
 

@@ -554,7 +554,7 @@ def test_snakefile_and_plan_import_nothing_heavy(project):
         done = project.python("-X", "importtime", *command)
         assert done.returncode == 0, done.stderr[-2000:]
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-        assert "study.config" in imported
+        assert "study.spec.study" in imported
         assert not HEAVY & imported
 
 

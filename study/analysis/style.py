@@ -18,6 +18,7 @@ from matplotlib.ticker import LogFormatterSciNotation
 
 from study.analysis.names import ALL, MetricName
 from study.files import atomic
+from study.spec.scalings import SCALINGS
 
 WIDTH = 7.2
 """Inches: the text width of a two-column page."""
@@ -90,13 +91,7 @@ def finish(fig: Figure) -> Figure:
     return fig
 
 
-COLOURS = {
-    "none": "#3d3d3d",
-    "inv_sqrt2": "#0072b2",
-    "cs": "#d55e00",
-    "ls": "#009e73",
-    "ls_unshared": "#cc79a7",
-}
+COLOURS = {name: row.colour for name, row in SCALINGS.items()}
 MARKERS = {"uvit": "o", "udit": "s", "patch_unet": "^", "ddpmpp": "D", "ncsnpp": "v"}
 SPARE_MARKERS = ("P", "X", "h", "p", "<", ">")
 LINES = {"dsm": "-", "stf": (0, (3, 1.2))}
@@ -115,7 +110,6 @@ METRICS = {
     "precision": "precision",
     "recall": "recall",
 }
-SCALINGS = {"none": "none", "inv_sqrt2": "1/√2", "ls": "LS", "ls_unshared": "LS unshared"}
 TARGETS = {"dsm": "DSM", "stf": "STF"}
 
 
@@ -126,8 +120,8 @@ def method(scaling: str) -> str:
 
 def scaling_label(scaling: str) -> str:
     """ "cs(0.7)" gives "CS 0.7"; the words of the other methods are ScaleLong's."""
-    found = re.fullmatch(r"cs\((.*)\)", scaling)
-    return f"CS {found.group(1)}" if found else SCALINGS.get(scaling, scaling)
+    name, _, numbers = scaling.removesuffix(")").partition("(")
+    return f"{SCALINGS[name].label} {numbers}".strip() if name in SCALINGS else scaling
 
 
 def _backbone(line: str) -> tuple[str, str]:

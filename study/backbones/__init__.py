@@ -1,60 +1,22 @@
-"""The backbones, by name.
-
-To add one: write its network as ``study/backbones/<file>.py`` (a ``Backbone`` with
-``from_options``) and add its line to ``FAMILIES``. Give it a model in ``options.py`` as well if
-its options are to be checked, with presets, before anything starts.
+"""The networks of the backbones; what they are called and which options they take: spec.backbones.
 
 This module imports no torch, so that plans and workflows stay quick.
 """
 
-from dataclasses import dataclass
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from study.backbones import options as models
 from study.files import UserError
+from study.spec.base import implementation
+from study.spec.run import Backbone as BackboneSettings
+from study.spec.scalings import SkipScaling
 
 if TYPE_CHECKING:
     from study.backbones.base import Backbone
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where a backbone lives and which options it takes.
-
-    ``network`` is "module:Class"; ``options`` the pydantic model of its options (its defaults are
-    the official constructor's), or ``None`` to pass options to the constructor unchecked;
-    ``presets`` name -> options.
-    """
-
-    network: str
-    options: type[models.Options] | None = None
-    presets: dict[str, dict[str, Any]] | None = None
-
-    @property
-    def module(self) -> str:
-        return self.network.partition(":")[0]
-
-
-FAMILIES: dict[str, Family] = {
-    "uvit": Family("study.backbones.uvit:UViT", models.UViT, models.UVIT),
-    "udit": Family("study.backbones.udit:UDiT", models.UDiT, models.UDIT),
-    "patch_unet": Family("study.backbones.patch_unet:PatchUNet", models.PatchUNet, models.PATCH),
-    "ddpmpp": Family("study.backbones.songunet:SongUNet", models.DDPMpp, models.DDPMPP),
-    "ncsnpp": Family("study.backbones.songunet:SongUNet", models.NCSNpp, models.NCSNPP),
-}
-
-
-def family(name: str) -> Family:
-    """The family called ``name``. Raises ``UserError`` naming the known ones."""
-    if name not in FAMILIES:
-        raise UserError(f"backbone: {name!r} is unknown; allowed: {', '.join(FAMILIES)}")
-    return FAMILIES[name]
-
-
 def build(
-    backbone: dict[str, Any],
-    scaling: dict[str, Any],
+    backbone: BackboneSettings,
+    scaling: SkipScaling,
     *,
     resolution: int,
     channels: int,
@@ -67,14 +29,16 @@ def build(
 ) -> "Backbone":
     """Build the backbone of a run.
 
-    ``backbone`` and ``scaling`` are the sections of a resolved spec. ``num_classes`` 0 means
+    ``backbone`` and ``scaling`` are those of its spec. ``num_classes`` 0 means
     unconditional. Raises ``UserError`` for a combination that the network cannot have.
     """
-    module, _, name = family(backbone["family"]).network.partition(":")
-    network = getattr(import_module(module), name)
+    try:
+        network = implementation(backbone.row.network)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"backbone {backbone.family}: {error}") from None
     try:
         return network.from_options(
-            backbone["options"],
+            backbone.options,
             scaling=scaling,
             resolution=resolution,
             channels=channels,
@@ -86,5 +50,4 @@ def build(
             checkpointing=checkpointing,
         )
     except (ValueError, TypeError, AssertionError) as error:
-        method = scaling["method"]
-        raise UserError(f"backbone {backbone['family']} with {method}: {error}") from error
+        raise UserError(f"backbone {backbone.family} with {scaling.method}: {error}") from error

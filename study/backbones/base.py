@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,8 @@ from torch.nn import functional
 
 from study.files import UserError
 from study.skips import LongSkips
+from study.spec.backbones import BackboneOptions
+from study.spec.scalings import SkipScaling
 
 
 class Backbone(nn.Module):
@@ -29,9 +30,9 @@ class Backbone(nn.Module):
     @classmethod
     def from_options(
         cls,
-        options: dict[str, Any],
+        options: BackboneOptions,
         *,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         resolution: int,
         channels: int,
         out_channels: int,

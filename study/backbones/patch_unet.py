@@ -9,16 +9,16 @@ embeddings, and a separate head for the learned variance.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from study.backbones import options as models
 from study.backbones.base import Backbone, attention, sinusoidal
 from study.skips import LongSkips, SkipShape
+from study.spec.backbones import BackboneOptions
+from study.spec.scalings import UNSCALED, SkipScaling
 
 GROUPS = 32
 """Groups of every normalisation; so every width is a multiple of it."""
@@ -250,7 +250,7 @@ class PatchUNet(Backbone):
         use_new_attention_order: bool,
         conv_resample: bool,
         dropout: float = 0.0,
-        scaling: dict[str, Any] | None = None,
+        scaling: SkipScaling = UNSCALED,
         attention: str = "sdpa",
         checkpointing: bool = False,
     ) -> None:
@@ -363,7 +363,7 @@ class PatchUNet(Backbone):
                 nn.Sigmoid(),
             )
 
-        self.long_skips = LongSkips(scaling or {"method": "none"}, shapes, pooling="channels")
+        self.long_skips = LongSkips(scaling, shapes, pooling="channels")
         if self.long_skips.gates is not None:
             self.se = self.long_skips.gates
 
@@ -399,9 +399,9 @@ class PatchUNet(Backbone):
     @classmethod
     def from_options(
         cls,
-        options: dict[str, Any],
+        options: BackboneOptions,
         *,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         resolution: int,
         channels: int,
         out_channels: int,
@@ -418,7 +418,7 @@ class PatchUNet(Backbone):
         """
         if augment_dim:
             raise ValueError("patch_unet takes no augmentation labels; ddpmpp and ncsnpp do")
-        given = models.PatchUNet(**options).model_dump()
+        given = options.model_dump()
         grid = resolution // given["patch_size"]
         attends = given.pop("attention_resolutions")
         return cls(

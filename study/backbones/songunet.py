@@ -11,16 +11,16 @@ unscaled in the published networks, so every skip scaling is a real treatment he
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from study.backbones import options as models
 from study.backbones.base import Backbone, attention
 from study.skips import LongSkips, SkipShape
+from study.spec.backbones import BackboneOptions
+from study.spec.scalings import UNSCALED, SkipScaling
 
 HALF = math.sqrt(0.5)
 """Factor of every residual sum: it keeps the variance of two independent summands."""
@@ -254,7 +254,7 @@ class SongUNet(Backbone):
         encoder_type: str,
         decoder_type: str,
         resample_filter: Sequence[float],
-        scaling: dict[str, Any] | None = None,
+        scaling: SkipScaling = UNSCALED,
         attention: str = "sdpa",
         checkpointing: bool = False,
     ) -> None:
@@ -357,16 +357,16 @@ class SongUNet(Backbone):
                 self.dec[at + "aux_norm"] = _norm(width)
                 self.dec[at + "aux_conv"] = Conv(width, out_channels, 3, gain=1e-5)
 
-        self.long_skips = LongSkips(scaling or {"method": "none"}, shapes, pooling="channels")
+        self.long_skips = LongSkips(scaling, shapes, pooling="channels")
         if self.long_skips.gates is not None:
             self.se = self.long_skips.gates
 
     @classmethod
     def from_options(
         cls,
-        options: dict[str, Any],
+        options: BackboneOptions,
         *,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         resolution: int,
         channels: int,
         out_channels: int,
@@ -388,7 +388,7 @@ class SongUNet(Backbone):
             scaling=scaling,
             attention=attention,
             checkpointing=checkpointing,
-            **models.SongUNet(**options).model_dump(),
+            **options.model_dump(),
         )
 
     def blocks(self) -> dict[str, nn.Module]:

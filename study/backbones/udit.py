@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
 from study.skips import LongSkips, SkipShape
+from study.spec.backbones import BackboneOptions
+from study.spec.scalings import SkipScaling
 
 FREQUENCIES = 256
 """Sinusoidal features of the noise level."""
@@ -350,7 +352,7 @@ class UDiT(Backbone):
         resolution: int,
         channels: int,
         out_channels: int,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         down_factor: int | Sequence[int] = 2,
         hidden_size: int = 96,
         depth: Sequence[int] = (2, 5, 8, 5, 2),
@@ -480,9 +482,9 @@ class UDiT(Backbone):
     @classmethod
     def from_options(
         cls,
-        options: dict[str, Any],
+        options: BackboneOptions,
         *,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         resolution: int,
         channels: int,
         out_channels: int,
@@ -498,7 +500,7 @@ class UDiT(Backbone):
         if augment_dim:
             raise ValueError("U-DiT takes no augmentation labels; augmentation must be off")
         return cls(
-            **options,
+            **options.model_dump(),
             resolution=resolution,
             channels=channels,
             out_channels=out_channels,

@@ -5,14 +5,14 @@ class-conditional and text-to-image networks), and Huang et al. 2023, "ScaleLong
 with scaled long skips).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from study.backbones.base import Backbone, attention, sinusoidal
 from study.skips import LongSkips, SkipShape
+from study.spec.backbones import BackboneOptions
+from study.spec.scalings import UNSCALED, SkipScaling
 
 
 class Attention(nn.Module):
@@ -103,7 +103,7 @@ class UViT(Backbone):
         resolution: int,
         channels: int,
         out_channels: int,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         patch_size: int = 2,
         embed_dim: int = 512,
         depth: int = 12,
@@ -186,9 +186,9 @@ class UViT(Backbone):
     @classmethod
     def from_options(
         cls,
-        options: dict[str, Any],
+        options: BackboneOptions,
         *,
-        scaling: dict[str, Any],
+        scaling: SkipScaling,
         resolution: int,
         channels: int,
         out_channels: int,
@@ -203,12 +203,12 @@ class UViT(Backbone):
             raise ValueError(f"U-ViT has no dropout, but dropout is {dropout}; it must be 0")
         if augment_dim:
             raise ValueError("U-ViT takes no augmentation labels; augmentation must be off")
-        options = dict(options)
-        null_label = options.pop("null_label", True)
-        if not options.get("skip", True) and scaling["method"] != "none":
+        given = options.model_dump()
+        null_label = given.pop("null_label")
+        if not options.skip and scaling != UNSCALED:
             raise ValueError("there is no long skip to scale (skip is false); use method none")
         return cls(
-            **options,
+            **given,
             resolution=resolution,
             channels=channels,
             out_channels=out_channels,

@@ -118,7 +118,7 @@ def _decode_image(data: bytes) -> np.ndarray:
     pixels = _decode_plain_png(data)
     if pixels is not None:
         return pixels
-    from study.data.sources.base import Unusable, open_image
+    from study.data.pixels import Unusable, open_image
 
     try:
         image = open_image(data)

@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from study.data.archive import Fingerprint, encode_npy, encode_png
+from study.data.pixels import to_image
 from study.data.sources import SOURCES, Item, Problem, Source, Unusable, open_source
-from study.data.sources.base import to_image
 from study.files import UserError, atomic, write_json
 
 DEFAULTS: dict[str, Any] = {

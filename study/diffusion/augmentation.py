@@ -20,10 +20,11 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from study.diffusion.options import AugmentationOptions
+from study.spec.base import Model
 
 SYM6 = (
     0.015404109327027373,
@@ -67,6 +68,75 @@ DRAWS: dict[str, tuple[tuple[str, int], ...]] = {
 The uniform number that decides whether the stage acts comes after the stage's own numbers. An
 integer below k is floor(k u) of a uniform number u.
 """
+
+
+class AugmentationOptions(Model):
+    """EDM's augmentation; the defaults are the CIFAR-10 setting.
+
+    A stage acts on an image with probability multiplier * p; multiplier 0 leaves it out, together
+    with its labels.
+    """
+
+    p: float = Field(0.12, ge=0, description="Probability that every multiplier is applied to.")
+    xflip: float = Field(1e8, ge=0, description="Multiplier: mirror left-right, half the time.")
+    yflip: float = Field(1.0, ge=0, description="Multiplier: mirror top-bottom, half the time.")
+    rotate_int: float = Field(0.0, ge=0, description="Multiplier: rotation by quarter turns.")
+    translate_int: float = Field(0.0, ge=0, description="Multiplier: shift by whole pixels.")
+    translate_int_max: float = Field(
+        0.125, gt=0, description="Largest shift by whole pixels, relative to the image size."
+    )
+    scale: float = Field(1.0, ge=0, description="Multiplier: isotropic scaling.")
+    rotate_frac: float = Field(1.0, ge=0, description="Multiplier: rotation by any angle.")
+    aniso: float = Field(1.0, ge=0, description="Multiplier: anisotropic scaling.")
+    translate_frac: float = Field(1.0, ge=0, description="Multiplier: shift by any distance.")
+    scale_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the scale.")
+    rotate_frac_max: float = Field(1.0, ge=0, description="Largest angle; 1 is half a turn.")
+    aniso_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the aspect.")
+    aniso_rotate_prob: float = Field(
+        0.5, ge=0, le=1, description="Probability that the anisotropic axis is turned."
+    )
+    translate_frac_std: float = Field(
+        0.125, ge=0, description="Standard deviation of the shift, relative to the image size."
+    )
+    brightness: float = Field(0.0, ge=0, description="Multiplier: brightness.")
+    contrast: float = Field(0.0, ge=0, description="Multiplier: contrast.")
+    lumaflip: float = Field(0.0, ge=0, description="Multiplier: inversion of luma.")
+    hue: float = Field(0.0, ge=0, description="Multiplier: rotation of hue.")
+    saturation: float = Field(0.0, ge=0, description="Multiplier: saturation.")
+    brightness_std: float = Field(0.2, ge=0, description="Standard deviation of the brightness.")
+    contrast_std: float = Field(0.5, ge=0, description="Standard deviation of log2 of contrast.")
+    hue_max: float = Field(1.0, ge=0, description="Largest rotation of hue; 1 is half a turn.")
+    saturation_std: float = Field(
+        1.0, ge=0, description="Standard deviation of log2 of the saturation."
+    )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages in use, in order."""
+        return tuple(name for name in AUGMENTATION_LABELS if getattr(self, name) > 0)
+
+    @property
+    def label_dim(self) -> int:
+        """Length of the augmentation label."""
+        return sum(AUGMENTATION_LABELS[name] for name in self.stages)
+
+
+AUGMENTATION_LABELS = {
+    "xflip": 1,
+    "yflip": 1,
+    "rotate_int": 2,
+    "translate_int": 2,
+    "scale": 1,
+    "rotate_frac": 2,
+    "aniso": 2,
+    "translate_frac": 2,
+    "brightness": 1,
+    "contrast": 1,
+    "lumaflip": 1,
+    "hue": 2,
+    "saturation": 1,
+}
+"""Augmentation stages in order, and how many entries each has in the label."""
 
 
 class Draws(NamedTuple):

@@ -158,7 +158,7 @@ class DDPMDenoiser:
 
 
 class DDPM(Formulation):
-    """Discrete diffusion; `options` as in `study.diffusion.options.DDPMOptions`.
+    """Discrete diffusion; `options` as in `study.spec.formulations.DDPMOptions`.
 
     `schedule` holds the tables. With `splits`, only the steps of one split are drawn and the loss
     carries the share of those steps, as the importance weights of Patch Diffusion do.

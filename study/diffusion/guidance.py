@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from study.diffusion.ddpm import eps_of_x0, v_of_x0, x0_of_eps
-from study.diffusion.samplers.options import GuidanceOptions, guidance_options
 from study.files import UserError
+from study.spec.formulations import FormulationOptions
+from study.spec.guidance import GuidanceOptions, guidance_options
 
 
 class Guided:
@@ -110,7 +111,6 @@ def guided(denoiser: Any, guidance: float | dict | GuidanceOptions | None, null_
     return kind(denoiser, options, null_label)
 
 
-def formulation_of(denoiser: Any) -> dict[str, Any] | None:
-    """The formulation's options as a plain mapping, where the denoiser has one."""
-    options = getattr(getattr(denoiser, "formulation", None), "options", None)
-    return None if options is None else options.model_dump()
+def formulation_of(denoiser: Any) -> FormulationOptions | None:
+    """The options of the denoiser's formulation, where it has one."""
+    return getattr(getattr(denoiser, "formulation", None), "options", None)

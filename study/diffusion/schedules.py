@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from study.diffusion.base import wide
-from study.diffusion.steps import check_betas, kept_steps, linear_end
 from study.files import UserError
+from study.spec.steps import check_betas, kept_steps, linear_end
 
 
 class Schedule:

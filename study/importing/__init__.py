@@ -15,23 +15,26 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import torch
+from pydantic import BaseModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from study.arms import complete
-from study.backbones import build, family
+from study.backbones import build
 from study.backbones.base import Backbone
 from study.bounded import Object, reason
-from study.config import Formulation, SkipScaling, check
 from study.data import Archive
 from study.diffusion import formulation
-from study.diffusion.options import OPTIONS
 from study.files import UserError, atomic, canonical_json, plain, sha256, write_json
 from study.importing import patch_unet, songunet, udit, uvit
 from study.importing.reading import read, simple, tensors_of
 from study.importing.settings import Description, Images
 from study.network import AUGMENT_LABELS
 from study.provenance import provenance
+from study.spec.backbones import family
+from study.spec.explain import check
+from study.spec.formulations import Formulation
+from study.spec.run import Spec
+from study.spec.scalings import SkipScaling
 
 LAYOUTS: dict[str, ModuleType] = {
     "U-ViT": uvit,
@@ -198,19 +201,19 @@ def _sound(name: str, weight: Tensor, dtype: torch.dtype, path: Path) -> Tensor:
     return made
 
 
-def _network(spec: dict[str, Any], images: Images) -> Backbone:
+def _network(spec: Spec, images: Images) -> Backbone:
     """The network that ``study generate`` will build, without memory for its weights."""
-    training = spec["training"]
-    outputs = images.channels * formulation(spec["formulation"]).output_multiplier
+    training = spec.training
+    outputs = images.channels * formulation(spec.formulation).output_multiplier
     with torch.device("meta"):
         return build(
-            spec["backbone"],
-            spec["skip_scaling"],
+            spec.backbone,
+            spec.skip_scaling,
             resolution=images.resolution,
             channels=images.channels,
             out_channels=outputs,
-            num_classes=images.num_classes if training["conditional"] else 0,
-            augment_dim=AUGMENT_LABELS if training["augment"] else 0,
+            num_classes=images.num_classes if training.conditional else 0,
+            augment_dim=AUGMENT_LABELS if training.augment else 0,
         )
 
 
@@ -237,7 +240,7 @@ def _write(
     out: Path,
     path: Path,
     contents: Contents,
-    spec: dict[str, Any],
+    spec: Spec,
     images: Images,
     facts: dict[str, Any],
     code: str | None,
@@ -258,10 +261,10 @@ def _write(
         "reason": None,
         "last_finite": {},
         "run": out.parent.name,
-        "spec": spec,
+        "spec": spec.content(),
         "code": code,
         "data_sha256": data_sha256,
-        "seeds": spec["seeds"],
+        "seeds": spec.seeds.model_dump(),
         "parameters": sum(p.numel() for p in network.parameters()),
         "skips": len(network.long_skips),
         "skip_factors": network.long_skips.factors,
@@ -287,7 +290,7 @@ def _write(
 
 
 def import_run(
-    spec: dict[str, Any],
+    spec: Spec,
     path: str | Path,
     data: str | Path,
     out: str | Path,
@@ -301,7 +304,7 @@ def import_run(
     path, out = Path(path), Path(out)
     contents = open_checkpoint(path)
     identity = sha256(path)
-    wanted = spec["checkpoint"].get("sha256")
+    wanted = spec.checkpoint.sha256
     if wanted is not None and identity != wanted:
         raise UserError(
             f"checkpoint.sha256: {path} has the hash {identity}, not {wanted}; it is another file"
@@ -327,12 +330,12 @@ def _describe(
         ) from None
 
 
-def _check_recorded(contents: Contents, spec: dict[str, Any], path: Path) -> None:
+def _check_recorded(contents: Contents, spec: Spec, path: Path) -> None:
     """Raise ``UserError`` where a spec contradicts what the file says of its own network."""
     if "preconditioning" not in contents.facts:
         return
     made = _describe(contents, {}, None, path)
-    told = spec["backbone"]["options"] | spec["formulation"]
+    told = _dump(spec.backbone.options) | _dump(spec.formulation)
     # Of the formulation only what sampling depends on: P_mean and P_std are the training's.
     recorded = plain(made.options | made.formulation)
     for key in [*made.options, "kind", *songunet.attributes(contents.facts)]:
@@ -340,6 +343,10 @@ def _check_recorded(contents: Contents, spec: dict[str, Any], path: Path) -> Non
             raise UserError(
                 f"{path}: the file's network has {key} {recorded[key]!r}, not {told.get(key)!r}"
             )
+
+
+def _dump(section: BaseModel) -> dict[str, Any]:
+    return section.model_dump(mode="json")
 
 
 def _sections(
@@ -350,15 +357,15 @@ def _sections(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Skip scaling and formulation: what the user says, or else the file's or published ones."""
     if scaling is not None:
-        chosen = check(SkipScaling, scaling, "--skip-scaling: ").model_dump(mode="json")
+        chosen = _dump(check(SkipScaling, scaling, "--skip-scaling: "))
         made.assumed.pop("scalelong", None)
     else:
-        chosen = check(SkipScaling, made.scaling, "--options: ").model_dump(mode="json")
+        chosen = _dump(check(SkipScaling, made.scaling, "--options: "))
     if process is not None:
-        return chosen, check(Formulation, process, "--formulation: ").resolved()
+        return chosen, _dump(check(Formulation, process, "--formulation: "))
     if not recorded:
         made.assumed["formulation"] = made.formulation
-    return chosen, check(Formulation, made.formulation, "the file's formulation: ").resolved()
+    return chosen, _dump(check(Formulation, made.formulation, "the file's formulation: "))
 
 
 def import_checkpoint(
@@ -373,7 +380,7 @@ def import_checkpoint(
 ) -> dict[str, Any]:
     """Turn an official checkpoint into the run folder ``run_dir``, and say what it is.
 
-    What the file does not tell comes from ``options`` (names of ``study.backbones.options`` or of
+    What the file does not tell comes from ``options`` (names of ``study.spec.backbones`` or of
     the official constructor), from ``preset``, or from the published models; what was assumed is
     printed. ``scaling`` and ``process`` are the skip scaling and the formulation as a study writes
     them. ``data`` is the archive that the network is for: it fixes resolution, channels and
@@ -384,7 +391,7 @@ def import_checkpoint(
     contents = open_checkpoint(path)
     archive, images = _images(data) if data is not None else (None, None)
     name = {"U-ViT": "uvit", "U-DiT": "udit", "Patch Diffusion": "patch_unet", "EDM": "ddpmpp"}
-    presets = family(name[contents.layout]).presets or {}
+    presets = family(name[contents.layout]).presets
     if preset is not None and preset not in presets:
         raise UserError(f"--preset: {preset!r} is unknown; allowed: {', '.join(presets)}")
     given = {**(presets[preset] if preset else {}), **(options or {})}
@@ -396,9 +403,9 @@ def import_checkpoint(
     chosen, process = _sections(made, scaling, process, recorded)
     model = family(made.family).options
     prefix = "--options: "
-    section = check(model, made.options, prefix).model_dump(mode="json")
+    section = _dump(check(model, made.options, prefix))
     identity = sha256(path)
-    spec = complete(
+    spec = Spec.read(
         {
             "dataset": {
                 "name": archive.name if archive is not None else "unknown",
@@ -456,24 +463,18 @@ def _recorded(facts: dict[str, Any]) -> dict[str, Any]:
 
 def arm_of(status: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The arm of a study that imports the same checkpoint as the run of ``status``."""
-    spec = status["spec"]
-    model = family(spec["backbone"]["family"]).options
-    defaults = model().model_dump(mode="json")
-    options = {k: v for k, v in spec["backbone"]["options"].items() if defaults[k] != v}
-    kind = spec["formulation"]["kind"]
-    process = OPTIONS[kind]().model_dump(mode="json")
-    process = {k: v for k, v in spec["formulation"].items() if k == "kind" or process[k] != v}
-    scaling = spec["skip_scaling"]
-    training = spec["training"]
-    named = {key: training[key] for key in ("conditional", "augment") if training[key]}
+    spec = Spec.read(status["spec"])
+    options = spec.chosen["backbone"]["options"]
+    training = spec.training
+    named = {k: getattr(training, k) for k in ("conditional", "augment") if getattr(training, k)}
     return {
         "name": Path(path).stem,
-        "backbone": spec["backbone"]["family"],
+        "backbone": spec.backbone.family,
         **({"options": options} if options else {}),
-        "skip_scaling": str(SkipScaling(**scaling)),
-        "formulation": process,
+        "skip_scaling": str(spec.skip_scaling),
+        "formulation": spec.chosen["formulation"],
         **({"training": named} if named else {}),
-        "checkpoint": {"path": str(path), "sha256": spec["checkpoint"]["sha256"]},
+        "checkpoint": {"path": str(path), "sha256": spec.checkpoint.sha256},
     }
 
 

@@ -6,7 +6,6 @@ The form is guided-diffusion's; the network is the patched U-Net only.
 import re
 from typing import Any
 
-from study.backbones.options import PatchUNet
 from study.files import UserError
 from study.importing.settings import (
     Description,
@@ -19,6 +18,7 @@ from study.importing.settings import (
     rows,
     whole_root,
 )
+from study.spec.backbones import PatchUNet
 
 
 def matches(state: State) -> bool:

@@ -6,12 +6,12 @@ They hold the network as an object, whose record of its constructor's arguments 
 import math
 from typing import Any
 
-from study.backbones.options import SongUNet
 from study.bounded import Object
 from study.files import UserError
 from study.importing.reading import arguments_of, simple
 from study.importing.settings import Description, Images, Settings, State
 from study.network import AUGMENT_LABELS
+from study.spec.backbones import SongUNet
 
 OFFICIAL: dict[str, Any] = {
     "label_dim": 0,

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from study.backbones.options import UDIT, UDiT
 from study.files import UserError
 from study.importing.settings import (
     Description,
@@ -14,6 +13,7 @@ from study.importing.settings import (
     ratio,
     rows,
 )
+from study.spec.backbones import UDIT, UDiT
 
 LEVELS = ("encoder_level_1", "encoder_level_2", "latent", "decoder_level_2", "decoder_level_1")
 LATENT = 8

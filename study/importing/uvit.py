@@ -5,7 +5,6 @@ Their shapes tell all of the network but the number of heads and the constant sk
 
 from typing import Any
 
-from study.backbones.options import UVIT, UViT
 from study.files import UserError
 from study.importing.settings import (
     Description,
@@ -18,6 +17,7 @@ from study.importing.settings import (
     rows,
     whole_root,
 )
+from study.spec.backbones import UVIT, UViT
 
 SCALELONG = {0: "none", 1: "inv_sqrt2", 2: "cs", 3: "ls", 4: "ls_unshared"}
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from study.diffusion import formulation
-from study.diffusion.augmentation import DRAWS, Augmentation, Draws
+from study.diffusion.augmentation import DRAWS, Augmentation, AugmentationOptions, Draws
 from study.diffusion.base import Loss, column
 from study.diffusion.edm import Preconditioned
-from study.diffusion.options import OPTIONS, AugmentationOptions
 from study.diffusion.samplers import sampler
 from study.diffusion.samplers.base import StoredNoise
 from study.diffusion.stf import StableTarget, reference_batch
@@ -23,6 +22,7 @@ from study.parity import official
 from study.parity.case import Case, Tensors, expect
 from study.parity.mixture import Mixture
 from study.parity.networks import check_filters, weights_of
+from study.spec.formulations import FORMULATIONS
 
 IDLE = {"D": 128, "N": 3072, "opts": None}
 """Arguments of the official VE loss that it stores and never uses."""
@@ -137,7 +137,7 @@ def stable_target(case: Case, tensors: Tensors) -> Tensors:
 def precond(kind: str, case: Case, tensors: Tensors) -> Tensors:
     """Preconditioning around a network."""
     inner, given = dict(case["inner_network"]), dict(case["constructor"])
-    for key in [key for key in given if key not in OPTIONS[kind].model_fields]:
+    for key in [key for key in given if key not in FORMULATIONS[kind].model_fields]:
         name = {"img_channels": "in_channels"}.get(key, key)
         if name in inner and given.pop(key) != inner[name]:
             raise ValueError(f"{key} is not that of the inner network")

@@ -7,6 +7,7 @@ from study.backbones.songunet import SongUNet
 from study.backbones.udit import UDiT
 from study.backbones.uvit import UViT
 from study.importing.songunet import OFFICIAL
+from study.spec.scalings import UNSCALED, SkipScaling
 
 
 def uvit(**constructor: Any) -> UViT:
@@ -51,7 +52,7 @@ def uvit(**constructor: Any) -> UViT:
         num_classes=labels,
         context_dim=given.pop("clip_dim", 768) if text else None,
         context_tokens=given.pop("num_clip_token", 77) if text else 77,
-        scaling={"method": methods[code], "kappa": kappa},
+        scaling=SkipScaling(method=methods[code], **({"kappa": kappa} if code == 2 else {})),
         checkpointing=given.pop("use_checkpoint", False),
     )
     if given:
@@ -95,7 +96,7 @@ def udit(**constructor: Any) -> UDiT:
         resolution=given.pop("input_size"),
         channels=channels,
         out_channels=channels * (2 if given.pop("learn_sigma") else 1),
-        scaling={"method": "none"},
+        scaling=UNSCALED,
         **given,
     )
 

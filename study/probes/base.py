@@ -4,24 +4,24 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from study.arms import complete
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order
 from study.diffusion.base import Denoiser
-from study.files import UserError, atomic, canonical_json, read_object, sha256, write_json
+from study.files import UserError, atomic, read_object, sha256, write_json
 from study.network import arithmetic, build_network
-from study.probes import PROBES
 from study.probes.columns import MEASURED
-from study.probes.options import OPTIONS, ProbeOptions
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator
+from study.spec.base import implementation
+from study.spec.explain import check
+from study.spec.probes import PROBES, ProbeOptions
+from study.spec.run import Spec
 from study.trained import BrokenWeights, denoiser_of, load_weights, read_status, weights_file
 
 
@@ -71,11 +71,11 @@ class DatasetSubject:
 class ArmSubject(DatasetSubject):
     """An arm with its seeds: its resolved spec and its network at initialisation."""
 
-    spec: dict[str, Any]
+    spec: Spec
 
     def network(self, checkpointing: bool = False) -> Backbone:
         """The network as training starts it, on the device, in training mode."""
-        check_attention(self.spec["training"]["attention"], self.device)
+        check_attention(self.spec.training.attention, self.device)
         return build_network(self.spec, self.archive, checkpointing).to(self.device)
 
     def denoiser(self, network: Backbone) -> Denoiser:
@@ -85,7 +85,7 @@ class ArmSubject(DatasetSubject):
     def images(self, count: int, seed: int = 0) -> tuple[Tensor, Tensor | None]:
         """As for a data set, without labels where the arm is unconditional."""
         x, labels = super().images(count, seed)
-        return x, labels if self.spec["training"]["conditional"] else None
+        return x, labels if self.spec.training.conditional else None
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ class RunSubject(ArmSubject):
 class StudySubject(DatasetSubject):
     """A study: the resolved specs of all its runs."""
 
-    specs: tuple[dict[str, Any], ...]
+    specs: tuple[Spec, ...]
 
-    def arm(self, spec: dict[str, Any]) -> ArmSubject:
+    def arm(self, spec: Spec) -> ArmSubject:
         """One of them as a subject of its own."""
         return ArmSubject(self.archive, self.device, spec)
 
@@ -158,7 +158,7 @@ def probe(
     options: Mapping[str, Any] | None = None,
     *,
     run_dir: str | Path | None = None,
-    spec: dict[str, Any] | None = None,
+    spec: Spec | dict[str, Any] | None = None,
     manifest: str | Path | None = None,
     threads: int | None = None,
     code: str | None = None,
@@ -176,9 +176,7 @@ def probe(
         torch.set_num_threads(threads)
     if kind not in PROBES:
         raise UserError(f"probe: {kind!r} is unknown; allowed: {', '.join(PROBES)}")
-    from study.config import check
-
-    model = OPTIONS[kind]
+    model = PROBES[kind]
     chosen = check(model, dict(options or {}), f"{kind}.")
     out, device, archive = Path(out), _device(), Archive(data)
     if model.subject == "arm" and spec is None and run_dir is not None:
@@ -201,30 +199,30 @@ def probe(
         if status["status"] == "diverged":
             reason = f"training diverged at step {status['step']}: {status['reason']}"
             return _skip(out, reason, facts)
-        described = complete(status["spec"])
+        described = Spec.read(status["spec"])
         subject = RunSubject(archive, device, described, train, status)
         weights = weights_file(train, getattr(chosen, "weights", "ema"))
         facts |= {"weights_sha256": sha256(weights)}
     elif model.subject == "arm":
-        described = complete(spec)
+        described = Spec.read(spec)
         subject = ArmSubject(archive, device, described)
-        facts |= {"spec": described}
+        facts |= {"spec": described.content()}
     elif model.subject == "study":
         listed = read_object(manifest).get("runs")
         if not isinstance(listed, list) or not all(
             isinstance(entry, dict) and "spec" in entry for entry in listed
         ):
             raise UserError(f"{manifest}: lists no runs; it should be results/<study>/study.json")
-        specs = tuple(complete(entry["spec"]) for entry in listed)
-        facts |= {"networks": len({canonical_json(s["backbone"]) for s in specs})}
+        specs = tuple(Spec.read(entry["spec"]) for entry in listed)
+        facts |= {"networks": len({s.backbone.model_dump_json() for s in specs})}
         subject = StudySubject(archive, device, specs)
     else:
         subject = DatasetSubject(archive, device)
-    precision = getattr(subject, "spec", {"training": {"precision": "fp32"}})["training"]
+    precision = subject.spec.training.precision if isinstance(subject, ArmSubject) else "fp32"
     stopwatch = Stopwatch(device)
     try:
-        with arithmetic(precision["precision"]):
-            measured, reason = _finite(import_module(PROBES[kind]).measure(subject, chosen))
+        with arithmetic(precision):
+            measured, reason = _finite(implementation(chosen.implementation)(subject, chosen))
     except BrokenWeights as error:
         return _skip(out, str(error), facts)
     if reason:

@@ -52,8 +52,8 @@ from study.diffusion import formulations
 from study.diffusion.stf import StableTarget
 from study.network import build_network, networks_of
 from study.probes.base import ArmSubject, Measured
-from study.probes.options import Cost
 from study.provenance import provenance
+from study.spec.probes import Cost
 
 UNITS = {
     "parameters": "1",
@@ -92,7 +92,7 @@ def network_macs(subject: ArmSubject) -> int:
     are not known to the counter on every device.
     """
     spec, archive = subject.spec, subject.archive
-    written_out = {**spec, "training": {**spec["training"], "attention": "math"}}
+    written_out = spec.changed(training={"attention": "math"})
     with torch.device("meta"):
         network = networks_of(build_network(written_out, archive))[0].eval()
         image = torch.empty(1, archive.channels, archive.resolution, archive.resolution)
@@ -196,29 +196,29 @@ class _Training:
 
     def __init__(self, subject: ArmSubject, network: Backbone, batch: int) -> None:
         spec = subject.spec
-        self.settings, self.device = spec["training"], subject.device
+        self.settings, self.device = spec.training, subject.device
         self.network = networks_of(network)[0]
-        scale = spec["backbone"]["noise_scale"]
-        self.formulation = formulations(spec["formulation"], noise_scale=scale)[0]
+        scale = spec.backbone.noise_scale
+        self.formulation = formulations(spec.formulation, noise_scale=scale)[0]
         self.reference = None
-        if spec["target"]["kind"] == "stf":
-            self.reference, _ = subject.images(spec["target"]["reference"])
+        if spec.target.kind == "stf":
+            self.reference, _ = subject.images(spec.target.reference)
         self.images, self.labels = subject.images(batch)
         self.noise = subject.noise(self.images.shape, "cost")
         self.draws = torch.full((batch,), 0.5, device=self.device)
         kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
         self.parameters = list(self.network.parameters())
-        self.optimizer = kinds[self.settings["optimizer"]](
+        self.optimizer = kinds[self.settings.optimizer](
             self.parameters,
             lr=0.0,
-            betas=tuple(self.settings["betas"]),
-            eps=self.settings["eps"],
-            weight_decay=self.settings["weight_decay"],
-            fused=self.settings["precision"] != "fp16",
+            betas=tuple(self.settings.betas),
+            eps=self.settings.eps,
+            weight_decay=self.settings.weight_decay,
+            fused=self.settings.precision != "fp16",
         )
 
     def _evaluate(self, x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
-        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.settings["precision"])
+        half = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(self.settings.precision)
         with torch.autocast(self.device.type, dtype=half, enabled=half is not None):
             return self.network(x, noise, label).float()
 
@@ -236,8 +236,8 @@ class _Training:
 
     def step(self) -> None:
         self.loss().backward()
-        if self.settings["clip"] is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings["clip"])
+        if self.settings.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -293,8 +293,8 @@ def measure(subject: ArmSubject, options: Cost) -> Measured:
     A batch that does not fit the device's memory leaves its rows empty.
     """
     spec = subject.spec
-    trained = spec["training"]["steps"] > 0
-    own = spec["training"]["batch"] if trained else options.evaluation_batch
+    trained = spec.training.steps > 0
+    own = spec.training.batch if trained else options.evaluation_batch
     batch = options.batch or own
     network = subject.network()
     values: dict[str, float | None] = {

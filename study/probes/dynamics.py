@@ -42,7 +42,7 @@ from study.diffusion.stf import StableTarget
 from study.network import arithmetic, networks_of
 from study.probes.base import Measured, RunSubject
 from study.probes.levels import even_draws, pieces, take
-from study.probes.options import Dynamics
+from study.spec.probes import Dynamics
 from study.training.dynamics import BINS, Blocks, LossByNoise, SkipObserver, Table
 
 
@@ -90,11 +90,11 @@ def _loss_and_gradients(
     """Loss by noise level, and the norm of its gradient by block."""
     spec, count, rows = subject.spec, len(images), []
     stable = None
-    if spec["target"]["kind"] == "stf":
-        reference, _ = subject.images(max(spec["target"]["reference"], count))
+    if spec.target.kind == "stf":
+        reference, _ = subject.images(max(spec.target.reference, count))
         stable = StableTarget(reference)
     parts = networks_of(network)
-    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    made = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)
     by_noise = LossByNoise()
     network.zero_grad()
     for number, (part, formulation) in enumerate(zip(parts, made, strict=True)):

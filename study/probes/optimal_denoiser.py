@@ -38,8 +38,8 @@ from torch import Tensor
 
 from study.data import order
 from study.probes.base import DatasetSubject, Measured
-from study.probes.options import OptimalDenoiser
 from study.probes.posterior import Points
+from study.spec.probes import OptimalDenoiser
 
 SHOWN_SIDE = 64
 """Pixels of a side that are kept of an image to be looked at."""

@@ -49,7 +49,7 @@ from study.diffusion import formulations
 from study.network import networks_of
 from study.probes.base import Measured, RunSubject
 from study.probes.levels import even_draws, pieces, take
-from study.probes.options import Representation
+from study.spec.probes import Representation
 
 INPUT = "input"
 """Name of the noisy image among the blocks."""
@@ -291,7 +291,7 @@ def measure(subject: RunSubject, options: Representation) -> Measured:
     noise = subject.noise(images.shape, "representation")
     whole = subject.denoiser(network)
     spec = subject.spec
-    made = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])
+    made = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)
     denoisers = getattr(whole, "denoisers", [whole])
     rows = []
     for number, part in enumerate(networks_of(network)):

@@ -45,7 +45,7 @@ from study.backbones.base import Backbone
 from study.network import arithmetic, networks_of
 from study.probes.base import Measured, RunSubject
 from study.probes.levels import pieces, take
-from study.probes.options import Robustness
+from study.spec.probes import Robustness
 from study.trained import denoiser_of
 
 SPACES = ("noise", "network")
@@ -128,8 +128,8 @@ def measure(subject: RunSubject, options: Robustness) -> Measured:
     """Gains of the trained network; noise levels that its formulation lacks are left out."""
     network = subject.network(weights=options.weights)
     observed = _Observed(network)
-    single = {**subject.spec["training"], "precision": "fp32"}
-    denoiser = denoiser_of({**subject.spec, "training": single}, network, subject.device)
+    single = subject.spec.changed(training={"precision": "fp32"})
+    denoiser = denoiser_of(single, network, subject.device)
     images, labels = subject.images(options.samples)
     levels = {
         sigma: float(denoiser.round_sigma(sigma))

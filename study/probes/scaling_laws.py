@@ -66,21 +66,21 @@ are without unit.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from study.backbones.base import Backbone
-from study.config import SkipScaling
 from study.diffusion import formulations
 from study.files import canonical_json
 from study.network import networks_of
 from study.probes.base import DatasetSubject, Measured, StudySubject
-from study.probes.options import ScalingLaws
 from study.randomness import generator
 from study.skips import constant_factors
+from study.spec.probes import ScalingLaws
+from study.spec.run import Spec
+from study.spec.scalings import SkipScaling
 
 ITERATIONS = 30
 """Steps of power iteration. The norms are then too small by 2 % at most, usually by far less."""
@@ -94,9 +94,7 @@ Tape = list[tuple[Tensor, Tensor]]
 
 def measure(subject: StudySubject, options: ScalingLaws) -> Measured:
     """Rows of the clean recursion and of every backbone of the study (see the module)."""
-    scalings = {
-        text: SkipScaling.model_validate(text).model_dump() for text in options.skip_scaling
-    }
+    scalings = {text: SkipScaling.model_validate(text) for text in options.skip_scaling}
     backbones = _backbones(subject.specs)
     rows = []
     for depth in options.depths:
@@ -229,7 +227,7 @@ def _inner(depth: int) -> list[int]:
 def _recursion_rows(
     subject: DatasetSubject,
     options: ScalingLaws,
-    scalings: Mapping[str, Mapping[str, Any]],
+    scalings: Mapping[str, SkipScaling],
     depth: int,
     draw: int,
 ) -> Iterator[dict[str, Any]]:
@@ -304,7 +302,7 @@ def _flat(content: Any, prefix: str = "") -> dict[str, str]:
     return {prefix.strip(): content if isinstance(content, str) else canonical_json(content)}
 
 
-def _backbones(specs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def _backbones(specs: Sequence[Spec]) -> dict[str, Spec]:
     """One spec for every distinct network of the study, whatever its skips, target and seed.
 
     Names are families; where one has several networks, the settings in which they differ follow:
@@ -312,17 +310,18 @@ def _backbones(specs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """
     distinct: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        training = spec["training"]
+        training = spec.training
         parts = {
-            "backbone": spec["backbone"],
-            "formulation": spec["formulation"],
-            "conditional": training["conditional"],
-            "augmented": bool(training["augment"]),
+            "backbone": spec.backbone.model_dump(mode="json"),
+            "formulation": spec.formulation.model_dump(mode="json"),
+            "conditional": training.conditional,
+            "augmented": bool(training.augment),
         }
         distinct.setdefault(canonical_json(parts), {"parts": parts, "spec": spec})
     families: dict[str, list[dict[str, Any]]] = {}
     for text in sorted(distinct):
-        families.setdefault(distinct[text]["spec"]["backbone"]["family"], []).append(distinct[text])
+        family = distinct[text]["spec"].backbone.family
+        families.setdefault(family, []).append(distinct[text])
     named = {}
     for family, entries in sorted(families.items()):
         flat = [_flat(entry["parts"]) for entry in entries]
@@ -355,29 +354,25 @@ def _differences(settings: Mapping[str, str], all_settings: Sequence[Mapping[str
     )
 
 
-def _initialised(
-    subject: StudySubject, spec: Mapping[str, Any], scaling: Mapping[str, Any], draw: int
-) -> Backbone:
+def _initialised(subject: StudySubject, spec: Spec, scaling: SkipScaling, draw: int) -> Backbone:
     """The network of a spec with this skip scaling at initialisation ``draw``.
 
     With splits it is that of the first one; at initialisation all are alike.
     """
-    changed = deepcopy(dict(spec))
-    changed["skip_scaling"] = dict(scaling)
-    changed["seeds"] = {**spec["seeds"], "init": draw}
     # Every kernel of attention gives the same numbers, and this one runs everywhere.
-    changed["training"]["attention"] = "sdpa"
+    changed = spec.changed(seeds={"init": draw}, training={"attention": "sdpa"})
+    changed = changed.model_copy(update={"skip_scaling": scaling})
     return networks_of(subject.arm(changed).network())[0].eval()
 
 
 def _networks(
     subject: StudySubject,
-    spec: Mapping[str, Any],
-    scalings: Mapping[str, Mapping[str, Any]],
+    spec: Spec,
+    scalings: Mapping[str, SkipScaling],
     draw: int,
 ) -> Iterator[tuple[str, Backbone]]:
     """The network with each scaling in turn; those with constant factors share their weights."""
-    network = _initialised(subject, spec, {"method": "none"}, draw)
+    network = _initialised(subject, spec, SkipScaling(method="none"), draw)
     levels = [shape.level for shape in network.long_skips.shapes]
     if not levels:
         return
@@ -392,10 +387,10 @@ def _networks(
 
 @torch.no_grad()
 def _inputs(
-    subject: StudySubject, spec: Mapping[str, Any], samples: int, draw: int
+    subject: StudySubject, spec: Spec, samples: int, draw: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """What training hands a network for some images: (x [B, C, H, W], noise [B], label)."""
-    formulation = formulations(spec["formulation"], noise_scale=spec["backbone"]["noise_scale"])[0]
+    formulation = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)[0]
     images, label = subject.arm(spec).images(samples, draw)
     names = ("scaling_laws", draw)
     random = torch.rand if formulation.draw == "uniform" else torch.randn
@@ -419,9 +414,9 @@ def _per_sample(tensor: Tensor) -> Tensor:
 def _backbone_rows(
     subject: StudySubject,
     options: ScalingLaws,
-    scalings: Mapping[str, Mapping[str, Any]],
+    scalings: Mapping[str, SkipScaling],
     label: str,
-    spec: Mapping[str, Any],
+    spec: Spec,
     draw: int,
 ) -> Iterator[dict[str, Any]]:
     x, noise, classes = _inputs(subject, spec, options.samples, draw)
@@ -451,7 +446,7 @@ def _backbone_rows(
         ):
             yield {
                 "network": label,
-                "family": spec["backbone"]["family"],
+                "family": spec.backbone.family,
                 "skip_scaling": text,
                 "depth": len(factors),
                 "seed": draw,

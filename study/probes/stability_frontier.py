@@ -41,10 +41,10 @@ from typing import Any
 import pyarrow.parquet
 from tqdm import tqdm
 
-from study.arms import models
 from study.probes.base import ArmSubject, Measured
-from study.probes.options import StabilityFrontier
 from study.processes import STOP_SIGNALS
+from study.spec.probes import StabilityFrontier
+from study.spec.run import Spec
 from study.training import Interrupted, train
 
 RESIDENT_MIB = 64
@@ -63,17 +63,13 @@ def _own_handlers() -> Iterator[None]:
                 signal.signal(number, handler)
 
 
-def _with_rate(spec: dict[str, Any], lr: float, options: StabilityFrontier) -> dict[str, Any]:
+def _with_rate(spec: Spec, lr: float, options: StabilityFrontier) -> Spec:
     """The arm's spec with this rate, few steps and a short warm-up, for each of its networks."""
-    training = spec["training"]
-    short = {
-        "lr": lr,
-        "steps": options.steps,
-        "warmup": min(training["warmup"], options.warmup),
-    }
+    training = spec.training
+    short = {"lr": lr, "steps": options.steps, "warmup": min(training.warmup, options.warmup)}
     own = dict.fromkeys(short)  # null: as for all networks
-    listed = [{**model, **own} for model in training["models"]]
-    return {**spec, "training": {**training, **short, "models": listed}}
+    listed = [{**model.model_dump(mode="json"), **own} for model in training.models]
+    return spec.changed(training={**short, "models": listed})
 
 
 def _losses(table: Path, networks: int) -> list[list[float]]:
@@ -101,7 +97,7 @@ def _finite(value: float | None) -> float | None:
 def _attempt(subject: ArmSubject, options: StabilityFrontier, lr: float) -> dict[str, Any]:
     """Train once at this rate, in a folder that goes away, and say how it went."""
     spec = _with_rate(subject.spec, lr, options)
-    networks = len(models(spec))
+    networks = len(spec.models)
     machine = {
         # A row of the log holds the mean loss since the row before; the first is the first step's.
         # Rows that span quarters cost the least time, but would mix the losses of two networks.
@@ -130,7 +126,7 @@ def _attempt(subject: ArmSubject, options: StabilityFrontier, lr: float) -> dict
 
 def measure(subject: ArmSubject, options: StabilityFrontier) -> Measured:
     """One row for every rate that was tried."""
-    if "checkpoint" in subject.spec:
+    if subject.spec.checkpoint is not None:
         return Measured({}, {"left_out": "imported weights have no training settings"})
     rows: list[dict[str, Any]] = []
     lost = 0
@@ -149,7 +145,7 @@ def measure(subject: ArmSubject, options: StabilityFrontier) -> Measured:
                 break
     columns = ("lr", "steps", "outcome", "step", "first_loss", "final_loss", "reason")
     left = [lr for lr in options.lr if lr > rows[-1]["lr"]]
-    warmup = min(subject.spec["training"]["warmup"], options.warmup)
+    warmup = min(subject.spec.training.warmup, options.warmup)
     return Measured(
         {name: [row[name] for row in rows] for name in columns},
         {"not_tried": left, "warmup": warmup},

@@ -48,9 +48,9 @@ from torch import Tensor
 
 from study.data import order
 from study.probes.base import DatasetSubject, Measured
-from study.probes.options import TargetVariance
 from study.probes.posterior import NUMBERS, Noisy, Points
 from study.randomness import generator
+from study.spec.probes import TargetVariance
 
 UNITS = {"x0": 0, "noise": 2, "score": 4}
 """Powers of sigma by which a variance of x_0 is divided."""

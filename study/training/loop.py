@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from study.arms import canonical, models, training_steps, unsupported
 from study.averaging import decay
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive, order, reference_indices
@@ -29,6 +28,7 @@ from study.network import SplitNetwork, arithmetic, build_network, networks_of
 from study.processes import listen, meet, own_environment
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator, seed_of
+from study.spec.run import NetworkTraining, Spec
 from study.training import checkpoint
 from study.training.divergence import Watch
 from study.training.dynamics import Blocks, LossByNoise, SkipObserver, Table
@@ -59,7 +59,7 @@ class _Batches:
     def __init__(
         self,
         archive: Archive,
-        spec: dict[str, Any],
+        spec: Spec,
         device: torch.device,
         share: slice,
         uniform: bool,
@@ -67,51 +67,51 @@ class _Batches:
     ) -> None:
         self.archive, self.device, self.share, self.uniform = archive, device, share, uniform
         self.label_drops = label_drops
-        self.settings, self.target, self.seeds = spec["training"], spec["target"], spec["seeds"]
-        self.batch = self.settings["batch"]
+        self.settings, self.target, self.seeds = spec.training, spec.target, spec.seeds
+        self.batch = self.settings.batch
         self.augmentation = None
-        if self.settings["augment"]:
+        if self.settings.augment:
             from study.diffusion.augmentation import Augmentation
 
-            self.augmentation = Augmentation(self.settings["augment"])
+            self.augmentation = Augmentation(self.settings.augment)
 
     def _load(self, indices: Any, step: int, part: str) -> tuple[Tensor, Tensor | None]:
         draw = None
         if getattr(self.archive, "moments", False):
-            noise = generator(self.seeds["data"], "latent", part, step)
+            noise = generator(self.seeds.data, "latent", part, step)
             shape = (len(indices), self.archive.channels, *[self.archive.resolution] * 2)
             draw = torch.randn(shape, generator=noise)
         images, labels = self.archive.batch(indices, draw)
-        if self.settings["flip"]:
-            flips = torch.rand(len(images), generator=generator(self.seeds["data"], part, step))
+        if self.settings.flip:
+            flips = torch.rand(len(images), generator=generator(self.seeds.data, part, step))
             images = torch.where((flips < 0.5)[:, None, None, None], images.flip(3), images)
         return images, labels
 
     def _augment(self, images: Tensor, step: int, part: str) -> tuple[Tensor, Tensor | None]:
         if self.augmentation is None:
             return images, None
-        seeds = [seed_of(self.seeds["data"], "augment", part, step, i) for i in range(len(images))]
+        seeds = [seed_of(self.seeds.data, "augment", part, step, i) for i in range(len(images))]
         return self.augmentation(images.to(self.device), seeds)
 
     def __call__(self, step: int) -> dict[str, Any]:
         """Images, labels, draws and noise of the process's share, and the whole reference."""
-        indices = order(self.seeds["data"], step * self.batch, self.batch, len(self.archive))
+        indices = order(self.seeds.data, step * self.batch, self.batch, len(self.archive))
         images, labels = self._load(indices, step, "flip")
         images, augment_labels = self._augment(images, step, "batch")
-        if not self.settings["conditional"]:
+        if not self.settings.conditional:
             labels = None
-        elif self.settings["label_dropout"]:
-            drop = torch.rand(self.batch, generator=generator(self.seeds["noise"], "drop", step))
+        elif self.settings.label_dropout:
+            drop = torch.rand(self.batch, generator=generator(self.seeds.noise, "drop", step))
             null = torch.full_like(labels, self.archive.num_classes)
-            labels = torch.where(drop < self.settings["label_dropout"], null, labels)
-        levels = generator(self.seeds["noise"], "level", step)
+            labels = torch.where(drop < self.settings.label_dropout, null, labels)
+        levels = generator(self.seeds.noise, "level", step)
         draws = (torch.rand if self.uniform else torch.randn)(self.batch, generator=levels)
-        noise = torch.randn(images.shape, generator=generator(self.seeds["noise"], "noise", step))
+        noise = torch.randn(images.shape, generator=generator(self.seeds.noise, "noise", step))
         stable = None
-        if self.target["kind"] == "stf":
-            count = self.target["reference"] - self.batch
+        if self.target.kind == "stf":
+            count = self.target.reference - self.batch
             rest = reference_indices(
-                self.seeds["data"], step, count, len(self.archive), exclude=indices
+                self.seeds.data, step, count, len(self.archive), exclude=indices
             )
             others, _ = self._load(rest, step, "reference")
             others, _ = self._augment(others, step, "reference")
@@ -120,7 +120,7 @@ class _Batches:
         share["augment_labels"] = augment_labels
         share["label_drops"] = None
         if labels is not None and self.label_drops:
-            drops = generator(self.seeds["noise"], "label drops", step)
+            drops = generator(self.seeds.noise, "label drops", step)
             share["label_drops"] = torch.rand(self.batch, self.label_drops, generator=drops)
         moved = {
             key: None if value is None else value[self.share].to(self.device, non_blocking=True)
@@ -136,13 +136,13 @@ def _label_drops(network: Backbone) -> int:
 
 def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    return kinds[settings["optimizer"]](
+    return kinds[settings.optimizer](
         parameters,
-        lr=settings["lr"],
-        betas=tuple(settings["betas"]),
-        eps=settings["eps"],
-        weight_decay=settings["weight_decay"],
-        fused=settings["precision"] != "fp16",  # gradients are unscaled here, not in the kernel
+        lr=settings.lr,
+        betas=tuple(settings.betas),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=settings.precision != "fp16",  # gradients are unscaled here, not in the kernel
     )
 
 
@@ -174,16 +174,15 @@ def _share(batch: int, accelerator: Accelerator) -> slice:
     return slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
 
 
-def _check_data(spec: dict[str, Any], archive: Archive) -> None:
-    training, target = spec["training"], spec["target"]
-    problem = unsupported(spec)
-    if problem:
-        raise UserError(problem)
-    if training["conditional"] and archive.labels is None:
+def _check_data(spec: Spec, archive: Archive) -> None:
+    training, target = spec.training, spec.target
+    if spec.unsupported:
+        raise UserError(spec.unsupported)
+    if training.conditional and archive.labels is None:
         raise UserError(f"training.conditional: data set {archive.name} has no labels")
-    if target["kind"] == "stf" and target["reference"] > len(archive):
+    if target.kind == "stf" and target.reference > len(archive):
         raise UserError(
-            f"target stf({target['reference']}): data set {archive.name} has only "
+            f"target stf({target.reference}): data set {archive.name} has only "
             f"{len(archive)} images; take at most that many"
         )
 
@@ -227,19 +226,15 @@ class _Progress:
 class Trainer:
     """One run: its network, optimiser, averages and log. ``train`` is the way in."""
 
-    def __init__(
-        self, spec: dict[str, Any], archive: Archive, state: Path, machine: dict[str, Any]
-    ) -> None:
+    def __init__(self, spec: Spec, archive: Archive, state: Path, machine: dict[str, Any]) -> None:
         self.spec, self.archive, self.folder, self.machine = spec, archive, state, machine
-        self.settings = spec["training"]
+        self.settings = spec.training
         _check_data(spec, archive)
-        self.models = models(spec)  # one after another; nearly always there is one
-        self.accelerator = _accelerator(self.settings["precision"], len(self.models) > 1)
+        self.models = spec.models  # one after another; nearly always there is one
+        self.accelerator = _accelerator(self.settings.precision, len(self.models) > 1)
         self.device = self.accelerator.device
-        check_attention(self.settings["attention"], self.device)
-        self.formulations = formulations(
-            spec["formulation"], noise_scale=spec["backbone"]["noise_scale"]
-        )
+        check_attention(self.settings.attention, self.device)
+        self.formulations = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)
         self.backbone = build_network(spec, archive, machine.get("checkpointing", False))
         self.backbone.to(self.device).train()
         self.ema = Ema(self.backbone)
@@ -247,14 +242,14 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
         self.parameters = list(self.backbone.parameters())
         self.blocks = Blocks(self.backbone)
-        fp16 = self.settings["precision"] == "fp16"
-        self.watch = Watch(self.settings["divergence"], skips=FP16_SKIPS if fp16 else 0)
+        fp16 = self.settings.precision == "fp16"
+        self.watch = Watch(self.settings.divergence, skips=FP16_SKIPS if fp16 else 0)
         self.dynamics, self.timing, self.by_noise = Table(), Table(), LossByNoise()
         self.step, self.seconds = 0, 0.0
         self.losses: list[float] = []
-        self.steps = training_steps(spec)
+        self.steps = spec.steps
         self.log_every = machine.get("log_every") or max(1, self.steps // 100)
-        share = _share(self.settings["batch"], self.accelerator)
+        share = _share(self.settings.batch, self.accelerator)
         self.batches = _Batches(
             archive,
             spec,
@@ -268,7 +263,7 @@ class Trainer:
         """What the optimiser is given: of a split network, every part with its own settings."""
         if not isinstance(self.backbone, SplitNetwork):
             return self.backbone.parameters()
-        betas = {model["split"]: tuple(model["betas"]) for model in self.models}
+        betas = {model.split: tuple(model.betas) for model in self.models}
         return [
             {"params": network.parameters(), "betas": betas[number]}
             for number, network in enumerate(self.backbone.networks)
@@ -336,19 +331,19 @@ class Trainer:
         """The model that trains at this step, and how many steps it has had."""
         done = self.step
         for model in self.models[:-1]:
-            if done < model["steps"]:
+            if done < model.steps:
                 return model, done
-            done -= model["steps"]
+            done -= model.steps
         return self.models[-1], done
 
-    def _begin_turn(self, model: dict[str, Any]) -> None:
+    def _begin_turn(self, model: NetworkTraining) -> None:
         """Make ready the next model of a split network, whose losses have their own scale."""
         fresh = Watch(self.watch.factor, self.watch.skips)
         fresh.last_finite = self.watch.last_finite
         self.watch = fresh
-        if model["start"] is None:
+        if model.start is None:
             return
-        here, there = f"networks.{model['split']}.", f"networks.{model['start']}."
+        here, there = f"networks.{model.split}.", f"networks.{model.start}."
         average = self.ema.state_dict()
         weights = {
             here + key.removeprefix(there): value.clone()
@@ -371,17 +366,17 @@ class Trainer:
 
         return network
 
-    def _backward(self, model: dict[str, Any]) -> tuple[float, Tensor, Tensor]:
+    def _backward(self, model: NetworkTraining) -> tuple[float, Tensor, Tensor]:
         """Gradients of the batch; its loss, and per-sample noise level and loss."""
         batch = self.batches(self.step)
-        formulation = self.formulations[model["split"] or 0]
+        formulation = self.formulations[model.split or 0]
         images = batch["images"]
         size = self.machine.get("micro_batch") or len(images)
         pieces = [slice(i, i + size) for i in range(0, len(images), size)]
         sigmas, losses = [], []
-        if self.settings["dropout"]:
+        if self.settings.dropout:
             set_seed(
-                seed_of(self.spec["seeds"]["noise"], "dropout", self.step) % 2**32,
+                seed_of(self.spec.seeds.noise, "dropout", self.step) % 2**32,
                 device_specific=True,
             )
         for number, piece in enumerate(pieces):
@@ -400,7 +395,7 @@ class Trainer:
                     stable_target=batch["stable"],
                 )
                 # The mean over the whole batch; DistributedDataParallel averages over processes.
-                total = loss.per_sample.sum() / self.settings["batch"]
+                total = loss.per_sample.sum() / self.settings.batch
                 self.accelerator.backward(total * self.accelerator.num_processes)
             sigmas.append(loss.sigma.detach().float())
             losses.append(loss.elements.detach().flatten(1).mean(1).float())
@@ -409,9 +404,9 @@ class Trainer:
             sigma, losses = self.accelerator.gather((sigma, losses))
         return losses.mean().item(), sigma.cpu(), losses.cpu()
 
-    def _set_lr(self, model: dict[str, Any], done: int) -> float:
-        warmup = model["warmup"]
-        lr = model["lr"] * (min(done / warmup, 1.0) if warmup else 1.0)
+    def _set_lr(self, model: NetworkTraining, done: int) -> float:
+        warmup = model.warmup
+        lr = model.lr * (min(done / warmup, 1.0) if warmup else 1.0)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         return lr
@@ -420,7 +415,7 @@ class Trainer:
         """One step. Returns why the run has diverged, or ``None``."""
         model, done = self._turn()
         if isinstance(self.backbone, SplitNetwork):
-            self.backbone.active = model["split"]
+            self.backbone.active = model.split
             if done == 0 and self.step > 0:
                 self._begin_turn(model)
         lr = self._set_lr(model, done)
@@ -432,7 +427,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.settings["nan_to_num"]:
+        if self.settings.nan_to_num:
             for gradient in gradients:
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
         norm = Blocks.norm(gradients)
@@ -448,18 +443,18 @@ class Trainer:
         reason = self.watch.step(self.step, value, norm)
         if reason is not None:
             return reason
-        if self.settings["clip"] is not None and math.isfinite(norm):
-            if norm > self.settings["clip"]:
-                torch._foreach_mul_(gradients, self.settings["clip"] / norm)
+        if self.settings.clip is not None and math.isfinite(norm):
+            if norm > self.settings.clip:
+                torch._foreach_mul_(gradients, self.settings.clip / norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         if logs:
             self.blocks.log_updates(self.dynamics, self.step, before)
         self.step += 1
-        batch = self.settings["batch"]
-        averaging = decay(self.settings["ema"], batch, done * batch)
+        batch = self.settings.batch
+        averaging = decay(self.settings.ema, batch, done * batch)
         split = isinstance(self.backbone, SplitNetwork)
-        self.ema.update(averaging, f"networks.{model['split']}." if split else "")
+        self.ema.update(averaging, f"networks.{model.split}." if split else "")
         if logs and not math.isfinite(Blocks.norm([p.detach() for p in self.parameters])):
             return "non-finite weights"
         return None
@@ -483,7 +478,7 @@ def _is_sound(module: nn.Module) -> bool:
 
 
 def train(
-    spec: dict[str, Any],
+    spec: Spec,
     data: str | Path,
     out: str | Path,
     state: str | Path,
@@ -495,7 +490,7 @@ def train(
 ) -> dict[str, Any]:
     """Train one run and write its folder; resume where an earlier attempt stopped.
 
-    ``spec`` is a resolved spec, ``data`` a dataset archive, ``out`` the run's ``train/`` folder
+    ``data`` is a dataset archive, ``out`` the run's ``train/`` folder
     and ``state`` the folder of its checkpoint. ``machine`` holds settings that only concern
     speed. Returns what ``status.json`` holds; a run that diverges is a result, not an error.
 
@@ -504,12 +499,13 @@ def train(
     """
     if threads:
         torch.set_num_threads(threads)
+    spec = Spec.read(spec)
     machine, out, state = machine or {}, Path(out), Path(state)
     archive = Archive(data)
     if archive.fits(machine.get("resident_mib", 4096) * 2**20):
         archive.resident()
     trainer = Trainer(spec, archive, state, machine)
-    identity = {"spec": canonical(spec), "code": code, "data": archive.sha256}
+    identity = {"spec": spec.key, "code": code, "data": archive.sha256}
     trainer.resume(identity)
     signals = _Signals()  # until here there is nothing to save
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
@@ -519,7 +515,7 @@ def train(
     saved, logged, begun = time.monotonic(), trainer.step, time.perf_counter()
     reason = None
     while trainer.step < steps and reason is None:
-        with arithmetic(trainer.settings["precision"]):
+        with arithmetic(trainer.settings.precision):
             reason = trainer.advance()
         trainer.seconds = stopwatch.seconds
         progress(trainer.step, trainer.watch.last_finite.get("loss", math.nan))
@@ -558,16 +554,16 @@ def train(
         "reason": reason,
         "last_finite": trainer.watch.last_finite,
         "run": out.parent.name,
-        "spec": spec,
+        "spec": spec.content(),
         "code": code,
         "data_sha256": archive.sha256,
-        "seeds": spec["seeds"],
+        "seeds": spec.seeds.model_dump(),
         "parameters": sum(p.numel() for p in trainer.parameters),
         "skips": len(trainer.backbone.long_skips),
         "skip_factors": trainer.backbone.long_skips.factors,
-        "images_seen": trainer.step * trainer.settings["batch"],
+        "images_seen": trainer.step * trainer.settings.batch,
         "train_seconds": seconds,
-        "images_per_second": trainer.step * trainer.settings["batch"] / max(seconds, 1e-9),
+        "images_per_second": trainer.step * trainer.settings.batch / max(seconds, 1e-9),
         "peak_memory_mib": stopwatch.peak_memory_mib,
         "final_loss": trainer.watch.last_finite.get("loss"),
         "processes": trainer.accelerator.num_processes,

@@ -11,8 +11,11 @@ from snakemake.settings.types import RerunTrigger
 from snakemake.utils import update_config
 from snakemake_interface_executor_plugins.settings import DeploymentMethod, SharedFSUsage
 
-from study import arms, contents, digest, plan, progress
+from study import arms
+from study.ledger import checks, contents, digest, plan, progress
 from study.files import canonical_json, writable, write_text
+from study.spec.run import RUN_PATTERN
+from study.spec.run import digest as run_digest
 
 
 def archive_of(dataset):
@@ -36,7 +39,7 @@ try:
         for dataset in {archive_of(one): one for one in (MEASURED, STUDY.dataset)}.values():
             contents.check_archive(archive_of(dataset))
             SOURCES[archive_of(dataset)] = contents.source(dataset.path, archive_of(dataset))
-        for line in plan.check(STUDY, RUNS, notebooks=NOTEBOOKS, sources=SOURCES):
+        for line in checks.check(STUDY, RUNS, notebooks=NOTEBOOKS, sources=SOURCES):
             print(f"study: {line}", file=sys.stderr)
 except UserError as error:
     stop_with(error)
@@ -90,7 +93,7 @@ GIVEN_WEIGHTS = "" if EXTRACTOR_WEIGHTS else STUDY.evaluation.weights or ""
 
 
 wildcard_constraints:
-    run=arms.RUN_PATTERN,
+    run=RUN_PATTERN,
     notebook=r"[A-Za-z0-9_.-]+",
 
 
@@ -108,7 +111,7 @@ EVALUATION = canonical_json(STUDY.evaluation.protocol())
 NOTEBOOK = canonical_json({"tables": TABLES, "results": RESULTS, "figures": FIGURES})
 # Of the study as a whole only the tables and the report depend: names, order, notes; not on where
 # things lie and how fast they are made.
-SHOWN = arms.digest(
+SHOWN = run_digest(
     [
         STUDY.model_dump(
             mode="json",
@@ -127,10 +130,11 @@ SHOWN = arms.digest(
 
 # The networks of all arms, in a fixed order: what a probe of the study depends on.
 NETWORKS = arms.networks(RUNS)
+SPECS = [run.spec for run in RUNS.values()]
 
 
 def training_spec(wildcards):
-    return canonical_json(arms.canonical(RUNS[wildcards.run].spec))
+    return RUNS[wildcards.run].spec.key
 
 
 def training_code(wildcards):
@@ -153,7 +157,7 @@ def held(role, path):
 def checkpoint_held(wildcards):
     """What is imported, unless the settings tell it."""
     run = RUNS[wildcards.run]
-    told = "sha256" in run.spec.get("checkpoint", {})
+    told = run.spec.checkpoint is not None and run.spec.checkpoint.sha256
     return "" if told else held(f"checkpoint of {run.name}", run.checkpoint)
 
 
@@ -192,7 +196,7 @@ def conversion_code(dataset):
 
 
 def generation_code(wildcards):
-    return digest.generation(RUNS[wildcards.run].spec, STUDY.generation.sampler.kind)
+    return digest.generation(RUNS[wildcards.run].spec, STUDY.generation.sampler)
 
 
 def probe_code(kind, wildcards):
@@ -328,7 +332,7 @@ class StudyWorkflow(type(workflow)):
             self.running.begin()
         super().execute(*arguments, **options)
         if dry and self.is_main_process:
-            for problem in plan.missing_files(STUDY, RUNS):
+            for problem in checks.missing_files(STUDY, RUNS):
                 stop_with(problem)
 
     def _prepare_dag(self, *arguments, **options):
@@ -415,7 +419,7 @@ def missing():
 
 
 onstart:
-    for problem in filter(None, (arms.unsupported(run.spec) for run in RUNS.values())):
+    for problem in filter(None, (run.spec.unsupported for run in RUNS.values())):
         stop_with(problem)
     for problem in dict.fromkeys(missing()):
         stop_with(problem)

@@ -20,7 +20,7 @@ def probe_results(kind):
 
 def weights(probe):
     """The weights that a probe of runs looks at."""
-    return {"ema": AVERAGED, "raw": RAW}[probe.resolved().get("weights", "ema")]
+    return {"ema": AVERAGED, "raw": RAW}[getattr(probe, "weights", "ema")]
 
 
 def alone(kind, share, whole):
@@ -51,7 +51,7 @@ for kind, probe in PROBED.items():
                 gpu=alone(kind, min(1, GPUS), GPUS * STUDY.machine.jobs_per_gpu),
                 devices=min(1, GPUS),
                 kernels=STUDY.machine.threads,
-                machine=canonical_json(probe.speed()),
+                machine=canonical_json(probe.speed_settings()),
             params:
                 kind=kind,
                 run=subpath(output.facts, ancestor=2),
@@ -79,12 +79,12 @@ for kind, probe in PROBED.items():
             threads: STUDY.machine.threads
             resources:
                 gpu=min(1, GPUS),
-                machine=canonical_json(probe.speed()),
+                machine=canonical_json(probe.speed_settings()),
             params:
                 kind=kind,
                 manifest=MANIFEST,
-                networks=arms.digest(NETWORKS) if probe.subject == "study" else "",
+                networks=run_digest(NETWORKS) if probe.subject == "study" else "",
                 options=canonical_json(probe.settings()),
-                code=digest.probe(kind, NETWORKS if probe.subject == "study" else []),
+                code=digest.probe(kind, SPECS if probe.subject == "study" else []),
             shell:
                 "python -m study probe {params.kind} --options {params.options:q} --machine {resources.machine:q} --manifest {params.manifest} --code {params.code} --data {input.data} --out {output.table} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

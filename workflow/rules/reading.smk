@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(workflow.basedir))
 
-from study import config as declarations
+from study.spec import study as declarations
 from study.files import UserError
 
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 
 from snakemake.exceptions import LockException
 
-from study import owner
+from study.ledger import owner
 from study.files import read_json, write_json, write_text
 
 

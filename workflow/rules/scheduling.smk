@@ -7,7 +7,7 @@ from contextlib import suppress
 from snakemake.scheduling.job_scheduler import JobScheduler
 from snakemake_interface_common.exceptions import WorkflowError
 
-from study import devices
+from study.ledger import devices
 
 
 def say(text):

@@ -9,8 +9,8 @@ from study.analysis.names import NOT_MEASURED, OTHERWISE
 from study.analysis.tables.families import groups
 from study.analysis.tables.found import Found, problem
 from study.analysis.tables.measures import spacings
-from study.arms import complete
 from study.files import UserError, canonical_json
+from study.spec.run import Spec
 
 _PLAUSIBLE = {
     "fid": (-1e-6, math.inf),
@@ -60,7 +60,7 @@ def _run_checks(one: Found, row: dict) -> Iterator[dict]:
 def _completed(spec: dict[str, Any]) -> dict[str, Any]:
     """With the defaults of options that did not exist yet; a spec of another version as it is."""
     try:
-        return complete(spec)
+        return Spec.read(spec).content()
     except UserError:
         return spec
 

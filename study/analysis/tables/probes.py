@@ -10,7 +10,7 @@ import pandas as pd
 from study.analysis.tables.found import Found, problem
 from study.files import UserError, read_json
 from study.probes.columns import MEASURED
-from study.probes.options import OPTIONS
+from study.spec.probes import PROBES
 
 
 def probes(
@@ -21,7 +21,7 @@ def probes(
     lost = {one.run for one in found if one.status == "diverged"}
     for entry in (manifest.get("config") or {}).get("probes") or []:
         kind = entry["kind"]
-        if OPTIONS[kind].subject in ("run", "arm"):
+        if PROBES[kind].subject in ("run", "arm"):
             wanted = entry.get("seeds")
             parts = {
                 one.run: one.folder / "probes" / f"{kind}.parquet"

@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from study.data.sources.base import Item, Problem, Source, Unusable
+from study.data.pixels import Unusable
+from study.data.sources.base import Item, Problem, Source
 from study.files import UserError
 
 SOURCES = {

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from study.data.pixels import Unusable
 from study.data.sources import pickles
-from study.data.sources.base import Item, Source, Unusable
+from study.data.sources.base import Item, Source
 from study.data.sources.tree import Tree, open_tree
 from study.files import UserError
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from study.data.archive import Archive
-from study.data.sources.base import Item, Source, Unusable
+from study.data.pixels import Unusable
+from study.data.sources.base import Item, Source
 from study.files import UserError
 
 

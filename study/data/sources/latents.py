@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from study.data.pixels import Unusable
 from study.data.reading import Zip, bounded, npy_fits, npy_header, one_line, read_npy, shown
 from study.data.sources import pickles
-from study.data.sources.base import Item, Problem, Source, Unusable, label_of
+from study.data.sources.base import Item, Problem, Source, label_of
 from study.data.sources.tree import Tree, open_tree
 from study.data.sources.trees import by_class, split_root
 from study.files import UserError

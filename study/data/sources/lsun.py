@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from study.data.sources.base import Item, Source, Unusable, decode
+from study.data.pixels import Unusable, decode
+from study.data.sources.base import Item, Source
 from study.data.sources.lmdb import Database
 from study.data.sources.tree import open_tree
 from study.data.sources.trees import image_source, is_image

@@ -15,8 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from study.data.pixels import Unusable
 from study.data.reading import ITEM, Zip, bounded, one_line, shown
-from study.data.sources.base import Problem, Unusable
+from study.data.sources.base import Problem
 from study.files import UserError
 from study.leftovers import is_kept
 

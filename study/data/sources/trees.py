@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from study.data.archive import IMAGE_SUFFIXES
+from study.data.pixels import Unusable, decode
 from study.data.reading import classes_of, dataset_json, json_size, labels_of, shown
-from study.data.sources.base import Item, Problem, Source, Unusable, decode
+from study.data.sources.base import Item, Problem, Source
 from study.data.sources.tree import Tree, open_tree
 from study.files import UserError
 

@@ -1,36 +1,26 @@
 """Samplers: from standard normal latents to images, on any denoiser D(x; sigma).
 
 ``sampler({"kind": "edm_heun", "steps": 18})`` builds one; the kinds and their options stand in
-:mod:`study.diffusion.samplers.options`, which imports no torch. Samplers are loaded when asked for.
+:mod:`study.spec.samplers`, which imports no torch. Samplers are loaded when asked for.
 """
 
+from collections.abc import Mapping
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from study.diffusion.samplers.options import OPTIONS, SamplerOptions, nfe, options
+from study.spec.base import implementation, of_kind
+from study.spec.samplers import SAMPLERS, SamplerOptions
 
 if TYPE_CHECKING:
     from study.diffusion.samplers.base import Sampler
 
-REGISTRY: dict[str, str] = {
-    "edm_heun": "study.diffusion.samplers.edm:EDMHeun",
-    "edm_ablation": "study.diffusion.samplers.ablation:EDMAblation",
-    "dpm_solver": "study.diffusion.samplers.dpm_solver:DPMSolver",
-    "dpm_solver_pp": "study.diffusion.samplers.dpm_solver:DPMSolver",
-    "euler_maruyama": "study.diffusion.samplers.euler_maruyama:EulerMaruyama",
-    "ancestral": "study.diffusion.samplers.ancestral:Ancestral",
-    "ddim": "study.diffusion.samplers.ancestral:DDIM",
-}
-"""Where the class of every kind lives, as ``module:Class``."""
-
-__all__ = ["OPTIONS", "REGISTRY", "NoiseSource", "Sampler", "nfe", "options", "sampler"]
+__all__ = ["NoiseSource", "Sampler", "sampler"]
 
 
-def sampler(spec: dict[str, Any] | SamplerOptions) -> "Sampler":
+def sampler(options: Mapping[str, Any] | SamplerOptions) -> "Sampler":
     """The sampler of ``{"kind": ..., ...}``. Raises ``UserError`` for unknown kinds and options."""
-    chosen = options(spec)
-    module, _, name = REGISTRY[chosen.kind].partition(":")
-    return getattr(import_module(module), name)(chosen)
+    chosen = of_kind(SAMPLERS, options, "sampler")
+    return implementation(chosen.implementation)(chosen)
 
 
 def __getattr__(name: str) -> Any:

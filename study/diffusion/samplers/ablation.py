@@ -31,7 +31,7 @@ from study.diffusion.samplers.base import (
     sigma_range,
 )
 from study.diffusion.samplers.edm import churn_factor, karras_sigmas
-from study.diffusion.samplers.options import EDMAblationOptions
+from study.spec.samplers import EDMAblationOptions
 
 VP_BETA_D = 19.9
 VP_BETA_MIN = 0.1

@@ -24,8 +24,8 @@ from study.diffusion.samplers.base import (
     precise,
     sigma_range,
 )
-from study.diffusion.samplers.options import AncestralOptions, DDIMOptions
 from study.diffusion.schedules import Schedule, respace, schedule
+from study.spec.samplers import AncestralOptions, DDIMOptions
 
 
 def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from study.diffusion.samplers.options import SamplerOptions
+from study.spec.samplers import SamplerOptions
 
 LATENTS = -1
 """Draw number of the latents; the draws along the way count from 0."""

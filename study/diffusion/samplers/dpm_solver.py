@@ -28,8 +28,8 @@ from study.diffusion.samplers.base import (
     evaluate,
     precise,
 )
-from study.diffusion.samplers.options import DPMSolverOptions
 from study.diffusion.samplers.process import Walk, walk
+from study.spec.samplers import DPMSolverOptions
 
 
 def fast_orders(steps: int) -> list[int]:

@@ -20,7 +20,7 @@ from study.diffusion.samplers.base import (
     round_sigma,
     sigma_range,
 )
-from study.diffusion.samplers.options import EDMHeunOptions
+from study.spec.samplers import EDMHeunOptions
 
 
 def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:

@@ -19,8 +19,8 @@ from study.diffusion.samplers.base import (
     evaluate,
     precise,
 )
-from study.diffusion.samplers.options import EulerMaruyamaOptions
 from study.diffusion.samplers.process import walk
+from study.spec.samplers import EulerMaruyamaOptions
 
 
 class EulerMaruyama(Sampler):

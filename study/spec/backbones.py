@@ -1,18 +1,48 @@
-"""Options and presets of every backbone family. No torch here: plans and workflows read it."""
+"""The backbone families: options, presets, and where their networks live.
 
+To add one: write its network as ``study/backbones/<file>.py`` (a ``Backbone`` with
+``from_options``), a model of its options here, and its row in ``FAMILIES``.
+"""
+
+import re
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+
+from study.files import UserError
+from study.spec.base import Model
+from study.spec.scalings import SkipScaling
 
 
-class Options(BaseModel):
-    """Options of a backbone; unknown keys are errors."""
+class BackboneOptions(Model):
+    """Options of a backbone; defaults are those of the official constructor."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    has_dropout: ClassVar[bool] = True
+    augmentable: ClassVar[bool] = False
+    """Whether the network takes labels of augmentations."""
+    drops_labels: ClassVar[str] = ""
+    """Where the network drops labels itself: that it does, and by which option."""
+
+    def no_null_label(self) -> str | None:
+        """Why the network, if it has classes, has no label for no class; ``None``: it has one."""
+        has, option = self._null_label()
+        return None if has else f"the network has no null label; set its option {option}"
+
+    def _null_label(self) -> tuple[bool, str]:
+        """Whether there is one, and the option that gives it one."""
+        return True, ""
 
     def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+        self,
+        *,
+        resolution: int | None,
+        channels: int | None,
+        scaling: SkipScaling,
+        outputs: int = 1,
     ) -> str | None:
         """Why these options cannot be on such images with such a skip scaling, if so.
 
@@ -30,8 +60,16 @@ class Options(BaseModel):
 # --- U-ViT -------------------------------------------------------------------------------------
 
 
-class UViT(Options):
+class OwnOptions(BackboneOptions):
+    """Options of a user's own backbone, which its class is given as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class UViT(BackboneOptions):
     """U-ViT (Bao et al. 2023), names as in the official constructor."""
+
+    has_dropout = False
 
     patch_size: int = Field(2, ge=1, description="Side of a patch, in pixels.")
     embed_dim: int = Field(512, ge=1, description="Width of the tokens.")
@@ -58,12 +96,24 @@ class UViT(Options):
         "false as in the published ImageNet 64x64 models.",
     )
 
+    def no_null_label(self) -> str | None:
+        return (
+            None
+            if self.null_label
+            else "the network has no null label; set its option null_label: true"
+        )
+
     def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+        self,
+        *,
+        resolution: int | None,
+        channels: int | None,
+        scaling: SkipScaling,
+        outputs: int = 1,
     ) -> str | None:
         if self.embed_dim % self.num_heads:
             return f"num_heads {self.num_heads} does not divide embed_dim {self.embed_dim}"
-        if not self.skip and scaling != "none":
+        if not self.skip and scaling.method != "none":
             return f"skip is false, so there is no long skip for {scaling} to scale"
         if resolution is None:
             return None
@@ -71,7 +121,7 @@ class UViT(Options):
             return f"patch_size {self.patch_size} does not divide resolution {resolution}"
         patches = (resolution // self.patch_size) ** 2
         tokens = 2 + patches + (0 if self.context_dim is None else self.context_tokens)
-        if scaling in ("ls", "ls_unshared") and tokens < 16:
+        if scaling.learned and tokens < 16:
             return f"learned scaling needs 16 tokens; {patches} patches are too few"
         return None
 
@@ -143,8 +193,11 @@ Count = Annotated[int, Field(ge=1, le=1000)]
 Depth = Annotated[int, Field(ge=0, le=1000)]
 
 
-class UDiT(Options):
+class UDiT(BackboneOptions):
     """U-DiT (Tian et al. 2024), names as in the official constructor."""
+
+    has_dropout = False
+    drops_labels = "U-DiT drops labels itself, with its option class_dropout_prob"
 
     down_factor: Count | tuple[Count, Count, Count, Count, Count] = Field(
         2, description="Token downsampling of every attention, or of each of the five levels."
@@ -177,8 +230,20 @@ class UDiT(Options):
     )
     down_shortcut: bool = Field(True, description="Add the input to the downsampler's output.")
 
+    def no_null_label(self) -> str | None:
+        return (
+            None
+            if self.class_dropout_prob
+            else "the network has no null label; set its option class_dropout_prob above 0"
+        )
+
     def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+        self,
+        *,
+        resolution: int | None,
+        channels: int | None,
+        scaling: SkipScaling,
+        outputs: int = 1,
     ) -> str | None:
         head, rest = divmod(self.hidden_size, self.num_heads)
         if rest:
@@ -196,7 +261,7 @@ class UDiT(Options):
                     f"resolution {resolution} must be a multiple of {step}: two halvings of the "
                     f"grid and down_factor {factor} on level {level + 1} of 5"
                 )
-        if scaling in ("ls", "ls_unshared") and (resolution // 2) ** 2 < 16:
+        if scaling.learned and (resolution // 2) ** 2 < 16:
             return "learned scaling needs 16 tokens on the inner long skip: resolution 8 or more"
         return None
 
@@ -225,7 +290,7 @@ UDIT: dict[str, dict[str, Any]] = {
 # --- Patched U-Net -----------------------------------------------------------------------------
 
 
-class PatchUNet(Options):
+class PatchUNet(BackboneOptions):
     """Patched U-Net (Luhman & Luhman 2022), names as in the official constructor.
 
     Two things follow the published command line instead: ``attention_resolutions`` are sides of
@@ -256,8 +321,20 @@ class PatchUNet(Options):
         True, description="Null label of a conditional network, which guidance needs."
     )
 
+    def no_null_label(self) -> str | None:
+        return (
+            None
+            if self.classifier_free
+            else "the network has no null label; set its option classifier_free: true"
+        )
+
     def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+        self,
+        *,
+        resolution: int | None,
+        channels: int | None,
+        scaling: SkipScaling,
+        outputs: int = 1,
     ) -> str | None:
         widths = [int(mult * self.model_channels) for mult in self.channel_mult]
         if any(width < 32 or width % 32 for width in widths):
@@ -342,8 +419,10 @@ PATCH: dict[str, dict[str, Any]] = {
 # --- SongUNet: DDPM++ and NCSN++ ---------------------------------------------------------------
 
 
-class SongUNet(Options):
+class SongUNet(BackboneOptions):
     """SongUNet (Song et al. 2021 in the form of Karras et al. 2022)."""
+
+    augmentable = True
 
     model_channels: int = Field(128, ge=1, description="Base width.")
     channel_mult: tuple[Annotated[int, Field(ge=1)], ...] = Field(
@@ -370,7 +449,12 @@ class SongUNet(Options):
     )
 
     def problem(
-        self, *, resolution: int | None, channels: int | None, scaling: str, outputs: int = 1
+        self,
+        *,
+        resolution: int | None,
+        channels: int | None,
+        scaling: SkipScaling,
+        outputs: int = 1,
     ) -> str | None:
         if self.model_channels * self.channel_mult_noise % 2:
             return "model_channels x channel_mult_noise must be even"
@@ -392,7 +476,7 @@ class SongUNet(Options):
                     f"a layer of {width} channels cannot be normalised in groups of 4 (or in 32 "
                     "groups); choose model_channels so that every width is a multiple of 32"
                 )
-        if scaling in ("ls", "ls_unshared") and min(width for width, _ in shapes) < 16:
+        if scaling.learned and min(width for width, _ in shapes) < 16:
             return "learned scaling needs 16 channels in every long skip"
         if resolution is not None and resolution % 2 ** (levels - 1):
             return (
@@ -435,3 +519,60 @@ DDPMPP: dict[str, dict[str, Any]] = {
     "64px": {"channel_mult": (1, 2, 2, 2)},
 }
 NCSNPP: dict[str, dict[str, Any]] = DDPMPP
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where a backbone lives and which options it takes.
+
+    ``network`` is "module:Class"; ``presets`` are options by name.
+    """
+
+    network: str
+    options: type[BackboneOptions]
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def module(self) -> str:
+        return self.network.partition(":")[0]
+
+    @property
+    def own(self) -> Path | None:
+        """The file of a user's own backbone, ``None`` of those that come with the package."""
+        if self.options is not OwnOptions:
+            return None
+        found = find_spec(self.module)
+        return Path(found.origin) if found and found.origin else None
+
+
+FAMILIES: dict[str, Family] = {
+    "uvit": Family("study.backbones.uvit:UViT", UViT, UVIT),
+    "udit": Family("study.backbones.udit:UDiT", UDiT, UDIT),
+    "patch_unet": Family("study.backbones.patch_unet:PatchUNet", PatchUNet, PATCH),
+    "ddpmpp": Family("study.backbones.songunet:SongUNet", DDPMpp, DDPMPP),
+    "ncsnpp": Family("study.backbones.songunet:SongUNet", NCSNpp, NCSNPP),
+}
+
+
+def family(name: str) -> Family:
+    """The family called ``name``, or a user's own: ``package.module:Class``.
+
+    Raises ``UserError`` naming the known ones, or the module that is not there. Nothing of a user's
+    own is run but the packages that its module lies in.
+    """
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{name!r} is unknown; allowed: {known}, or package.module:Class")
+    one = Family(name, OwnOptions)
+    try:
+        there = one.own is not None
+    except (ImportError, ValueError):
+        there = False
+    if not there:
+        raise UserError(
+            f"there is no module {one.module}; put {one.module.replace('.', '/')}.py into the "
+            "folder that the study is run in"
+        )
+    return one

@@ -1,18 +1,18 @@
-"""The options of every probe: names, defaults, ranges, what they mean, and what a probe looks at.
+"""The options of every probe, what they mean, and what a probe looks at."""
 
-Light on purpose (no torch): a study's configuration is checked with these models.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
+
+from study.spec.base import Options, kinds
+from study.spec.scalings import SkipScaling
 
 Subject = Literal["run", "arm", "dataset", "study"]
 
 
-class ProbeOptions(BaseModel):
+class ProbeOptions(Options):
     """What every probe's options have in common.
 
     ``subject``: a probe looks at the trained network of every ``run``; at every run's ``arm``
@@ -20,16 +20,26 @@ class ProbeOptions(BaseModel):
     the arms of the ``study``, once.
     """
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
     subject: ClassVar[Subject]
     speed: ClassVar[frozenset[str]] = frozenset()
     """Options that no number depends on: a new value of them reruns nothing."""
 
-    def idle(self) -> Iterator[tuple[str, str]]:
-        """Keys that cannot act beside the others, and why; a study may not set them."""
-        yield from ()
+    def settings(self) -> dict[str, Any]:
+        """The options, not at their defaults, that its numbers depend on."""
+        return self._dump(exclude_defaults=True, exclude={"seeds", *self.speed})
+
+    def agrees(self, options: Mapping[str, Any]) -> bool:
+        """Whether a probe that was made with ``options`` gave the numbers of this one."""
+        now = self._dump(exclude={"seeds", *self.speed})
+        return all(options.get(key) == value for key, value in now.items())
+
+    def speed_settings(self) -> dict[str, Any]:
+        """The options, not at their defaults, that only its speed and memory depend on."""
+        return self._dump(exclude_defaults=True, include=set(self.speed))
+
+    def _dump(self, **which: Any) -> dict[str, Any]:
+        options = self.model_dump(mode="json", **which)
+        return {key: value for key, value in options.items() if key != "kind"}
 
 
 class PerRun(ProbeOptions):
@@ -46,6 +56,8 @@ class PerRun(ProbeOptions):
 class Dynamics(PerRun):
     """Norms, gradients, loss by noise level and gates of the trained network on fresh noise."""
 
+    implementation = "study.probes.dynamics:measure"
+    kind: Literal["dynamics"] = "dynamics"
     speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(512, ge=2, description="Images that every number is measured on.")
     sigmas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -61,6 +73,8 @@ class Dynamics(PerRun):
 class Robustness(PerRun):
     """Change of the output against the size of a perturbation of the input."""
 
+    implementation = "study.probes.robustness:measure"
+    kind: Literal["robustness"] = "robustness"
     speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(256, ge=1, description="Noisy images that every number is a mean over.")
     sigmas: tuple[Annotated[float, Field(ge=1e-3)], ...] = Field(
@@ -81,6 +95,8 @@ class Robustness(PerRun):
 class Representation(PerRun):
     """Similarity (CKA) between blocks, and radial spectra of their features."""
 
+    implementation = "study.probes.representation:measure"
+    kind: Literal["representation"] = "representation"
     speed: ClassVar[frozenset[str]] = frozenset({"batch"})
     samples: int = Field(256, ge=4, description="Noisy images that blocks are compared on.")
     sigmas: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -102,6 +118,8 @@ class Representation(PerRun):
 class StabilityFrontier(PerRun):
     """Short trainings at rising learning rates: which still train, which diverge."""
 
+    implementation = "study.probes.stability_frontier:measure"
+    kind: Literal["stability_frontier"] = "stability_frontier"
     subject: ClassVar[Subject] = "arm"
     speed: ClassVar[frozenset[str]] = frozenset({"micro_batch"})
     lr: tuple[Annotated[float, Field(gt=0)], ...] = Field(
@@ -135,6 +153,8 @@ class StabilityFrontier(PerRun):
 class Cost(PerRun):
     """Parameters, operations, activation memory, speed and energy."""
 
+    implementation = "study.probes.cost:measure"
+    kind: Literal["cost"] = "cost"
     subject: ClassVar[Subject] = "arm"
     batch: int | None = Field(
         None, ge=1, description="Batch of the timed training steps; null = the arm's own."
@@ -148,6 +168,8 @@ class Cost(PerRun):
 class TargetVariance(ProbeOptions):
     """Variance and bias of the training target against noise level and reference size."""
 
+    implementation = "study.probes.target_variance:measure"
+    kind: Literal["target_variance"] = "target_variance"
     subject: ClassVar[Subject] = "dataset"
     sigma: tuple[Annotated[float, Field(ge=1e-4, le=1e4)], ...] = Field(
         (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 4.0, 8.0, 20.0, 50.0),
@@ -171,6 +193,8 @@ class TargetVariance(ProbeOptions):
 class OptimalDenoiser(ProbeOptions):
     """Posterior-mean images, and their energy above what a patch size can show."""
 
+    implementation = "study.probes.optimal_denoiser:measure"
+    kind: Literal["optimal_denoiser"] = "optimal_denoiser"
     subject: ClassVar[Subject] = "dataset"
     snr: tuple[Annotated[float, Field(ge=1e-8, le=1e8)], ...] = Field(
         (0.001, 0.003, 0.01, 0.03, 0.1, 0.25, 1.0, 3.0, 10.0),
@@ -193,6 +217,8 @@ class OptimalDenoiser(ProbeOptions):
 class ScalingLaws(ProbeOptions):
     """Norms, gradients and sensitivity at initialisation against the factors of the long skips."""
 
+    implementation = "study.probes.scaling_laws:measure"
+    kind: Literal["scaling_laws"] = "scaling_laws"
     subject: ClassVar[Subject] = "study"
     depths: tuple[Annotated[int, Field(ge=1, le=64)], ...] = Field(
         (4, 8, 16), min_length=1, description="Numbers of long skips N of the clean recursion."
@@ -221,9 +247,6 @@ class ScalingLaws(ProbeOptions):
     @field_validator("skip_scaling")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        # Imported here because the configuration itself imports this module.
-        from study.config import SkipScaling
-
         known = []
         for text in value:
             try:
@@ -234,7 +257,7 @@ class ScalingLaws(ProbeOptions):
         return tuple(dict.fromkeys(known))
 
 
-OPTIONS: dict[str, type[ProbeOptions]] = {
+PROBES: dict[str, type[ProbeOptions]] = {
     "dynamics": Dynamics,
     "robustness": Robustness,
     "representation": Representation,
@@ -244,3 +267,4 @@ OPTIONS: dict[str, type[ProbeOptions]] = {
     "optimal_denoiser": OptimalDenoiser,
     "scaling_laws": ScalingLaws,
 }
+Probe = kinds(PROBES, "Probe: its kind and options.")

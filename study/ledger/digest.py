@@ -7,13 +7,26 @@ trees: comments, docstrings and layout are not part of it. Nothing is imported t
 
 import ast
 import hashlib
+import inspect
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).resolve().parent
+from study.spec import defaults
+from study.spec.guidance import GuidanceOptions
+from study.spec.probes import PROBES
+from study.spec.run import Spec
+from study.spec.samplers import SamplerOptions
+from study.spec.scalings import SCALINGS
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+SPEC, LEDGER = f"{PACKAGE.name}.spec", f"{PACKAGE.name}.ledger"
+"""What settings are (a run's are in its spec, and ``_behaviour`` counts what they do), and what
+tells of results."""
 
 # Left out, and not followed: registries and declarations, whose effect on a run is in its spec;
 # the command line; and what only reports, locks, writes or draws progress.
@@ -24,28 +37,22 @@ DECLARATIONS = frozenset(
         ".__main__",
         ".arms",
         ".cli",
-        ".config",
-        ".contents",
-        ".devices",
-        ".digest",
+        ".combinations",
         ".files",
-        ".plan",
         ".processes",
-        ".progress",
         ".provenance",
         ".sources",
-        ".status",
         ".backbones",
-        ".backbones.options",
         ".data.sources",
         ".diffusion",
-        ".diffusion.options",
         ".diffusion.samplers",
-        ".diffusion.samplers.options",
         ".probes",
-        ".probes.options",
     )
 )
+
+
+def _declared(module: str, exclude: frozenset[str] = DECLARATIONS) -> bool:
+    return module in exclude or f"{module}.".startswith((f"{SPEC}.", f"{LEDGER}."))
 
 
 def _path(module: str, package: Path) -> Path | None:
@@ -67,7 +74,7 @@ def _canonical(node: Any) -> str:
         for name, value in ast.iter_fields(node):
             if name in ("ctx", "kind", "type_comment") or value is None or value == []:
                 continue
-            if name == "body" and isinstance(value, list):
+            if name == "body" and isinstance(value, list) and not _is_drawn(node):
                 value = [item for item in value if not _is_text(item)] or [ast.Pass()]
             fields.append(f"{name}={_canonical(value)}")
         return f"{type(node).__name__}({','.join(fields)})"
@@ -83,6 +90,11 @@ def _is_text(node: ast.AST) -> bool:
         and isinstance(node.value, ast.Constant)
         and isinstance(node.value.value, str)
     )
+
+
+def _is_drawn(node: ast.AST) -> bool:
+    """A figure's function, whose docstring is its caption."""
+    return any("drawn" in ast.unparse(one) for one in getattr(node, "decorator_list", ()))
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:
@@ -122,7 +134,30 @@ def _module(module: str, path: Path) -> tuple[str, tuple[str, ...]]:
     is_package = path.name == "__init__.py"
     top = module.split(".")[0]
     names = {name for name in _imports(tree, module, is_package) if name.split(".")[0] == top}
-    return hashlib.sha256(_canonical(tree).encode()).hexdigest(), tuple(sorted(names))
+    text = _canonical(tree) + "".join(_data(tree, path))
+    return hashlib.sha256(text.encode()).hexdigest(), tuple(sorted(names))
+
+
+@cache
+def _files(package: Path) -> dict[str, list[Path]]:
+    """The files of a package that are no code, by their names."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(package.rglob("*.*")):
+        if path.suffix not in (".py", ".pyc") and path.is_file():
+            found.setdefault(path.name, []).append(path)
+    return found
+
+
+def _data(tree: ast.AST, path: Path) -> Iterator[str]:
+    """Hashes of what a module names of its package: numbers, templates, styles, folders of them."""
+    package = next(one for one in path.parents if not (one.parent / "__init__.py").exists())
+    names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    for name in sorted(name for name in names if isinstance(name, str) and name):
+        files = _files(package).get(name, [])
+        folder = path.parent / name
+        if name.isidentifier() and folder.is_dir() and not any(folder.rglob("*.py")):
+            files = sorted(one for one in folder.rglob("*") if one.is_file())
+        yield from (hashlib.sha256(one.read_bytes()).hexdigest() for one in files)
 
 
 @cache
@@ -141,7 +176,7 @@ def closure(
     waiting = list(roots)
     while waiting:
         module = waiting.pop()
-        if module in found or (module in exclude and module not in roots):
+        if module in found or (_declared(module, exclude) and module not in roots):
             continue
         path = _path(module, package)
         if path is None:  # a name inside a module, such as a function
@@ -171,13 +206,16 @@ def _verbs(package: Path = PACKAGE) -> dict[str, tuple[str, ...]]:
     for node in ast.parse((package / "cli.py").read_bytes()).body:
         if isinstance(node, ast.FunctionDef):
             found = {module for module in _imports(node, name, False) if _path(module, package)}
-            verbs[node.name.strip("_")] = tuple(sorted(found - DECLARATIONS))
+            verbs[node.name.strip("_")] = tuple(
+                sorted(name for name in found if not _declared(name))
+            )
     return verbs
 
 
 def stage(verb: str) -> str:
     """Digest of the code behind ``study <verb>``, for stages whose code is the same in all runs."""
-    return stage_digest(_verbs()[verb])
+    shown = repr(SCALINGS) if verb in ("aggregate", "figures", "notebook", "report") else ""
+    return _whole(stage_digest(_verbs()[verb]) + shown, ("evaluation",) * (verb == "evaluate"))
 
 
 def conversion(source: str) -> str:
@@ -187,57 +225,111 @@ def conversion(source: str) -> str:
     for node in ast.parse(_path(registry, PACKAGE).read_bytes()).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SOURCES":
             module = ast.literal_eval(node.value)[source].partition(":")[0]
-            return stage_digest((*_verbs()["convert"], f"{registry}.{module}"))
+            code = stage_digest((*_verbs()["convert"], f"{registry}.{module}"))
+            return _whole(code, ("dataset",))
     raise LookupError(f"no SOURCES in {registry}")
 
 
-def _network(spec: Mapping[str, Any]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The modules that a run's network, loss and target add, and what it has no part in."""
-    from study.backbones import family
-    from study.diffusion import FORMULATIONS
+CHECKS = frozenset(("check", "idle", "problem", "skip_shapes", "no_null_label", "_null_label"))
+"""Methods of options that refuse settings, and change no result of those that are accepted."""
 
-    roots = [
-        family(spec["backbone"]["family"]).module,
-        FORMULATIONS[spec["formulation"]["kind"]].partition(":")[0],
-    ]
+
+@cache
+def _function(function: Callable[..., Any]) -> str:
+    return _canonical(ast.parse(textwrap.dedent(inspect.getsource(function))))
+
+
+@cache
+def _behaviour(model: type) -> tuple[str, ...]:
+    """What the properties and methods of a section of a spec do; its fields are in the spec."""
+    found = []
+    for base in model.__mro__:
+        for name, member in vars(base).items() if base.__module__.startswith(SPEC) else ():
+            function = member.fget if isinstance(member, property) else member
+            if inspect.isfunction(function) and name not in CHECKS:
+                found.append(_function(function))
+    return tuple(found)
+
+
+def _whole(code: str, sections: Iterable[str], *models: type) -> str:
+    """The digest of a stage's code, of what its sections do, and of defaults that have changed."""
+    done = sorted({text for model in models for text in _behaviour(model)})
+    told = [code, done, *filter(None, [defaults.changed(*sorted(sections))])]
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+
+
+TRAINED = ("dataset", "skip_scaling", "target", "training", "training.ema", "training.models")
+"""Sections of a spec whatever its backbone and formulation."""
+
+
+@cache
+def _file(path: Path | None) -> str:
+    """The code of a user's own backbone: of its file, not of what that imports."""
+    return _canonical(ast.parse(path.read_bytes(), filename=str(path))) if path else ""
+
+
+def _sections(spec: Spec) -> tuple[str, ...]:
+    own = (f"backbone {spec.backbone.family}", f"formulation {spec.formulation.kind}")
+    return (*TRAINED, "seeds", "backbone", *own)
+
+
+def _network(spec: Spec) -> tuple[tuple[str, ...], frozenset[str], tuple[type, ...]]:
+    """What a run's network, loss and target add: modules, what has no part in it, sections."""
+    own = spec.backbone.row.own
+    network = [] if own else [spec.backbone.row.module]
+    roots = [*network, spec.formulation.implementation.partition(":")[0]]
     stable_target = f"{PACKAGE.name}.diffusion.stf"
-    if spec["target"]["kind"] == "stf":
-        return (*roots, stable_target), DECLARATIONS
-    return tuple(roots), DECLARATIONS | {stable_target}
+    sections = (type(spec.formulation), type(spec.skip_scaling), type(spec.training))
+    if spec.stable:
+        return (*roots, stable_target), DECLARATIONS, sections
+    return tuple(roots), DECLARATIONS | {stable_target}, sections
 
 
-def training(spec: Mapping[str, Any]) -> str:
-    """Digest of the code that trains the run of a resolved spec, or imports its weights.
+def network(spec: Spec) -> str:
+    """Digest of the code of a run's network alone."""
+    own = spec.backbone.row.own
+    return _whole(_file(own), ()) if own else stage_digest((spec.backbone.row.module,))
+
+
+def training(spec: Spec) -> str:
+    """Digest of the code that trains the run of a spec, or imports its weights.
 
     Another backbone's file, formulation or target has no part in it.
     """
-    modules, exclude = _network(spec)
-    verb = "import" if "checkpoint" in spec else "train"
-    return stage_digest((*_verbs()[verb], *modules), exclude)
+    modules, exclude, models = _network(spec)
+    verb = "import" if spec.checkpoint is not None else "train"
+    code = stage_digest((*_verbs()[verb], *modules), exclude)
+    code += _function(Spec.models.fget) + _file(spec.backbone.row.own)
+    return _whole(code, _sections(spec), *models)
 
 
-def generation(spec: Mapping[str, Any], sampler: str) -> str:
+def generation(spec: Spec, sampler: SamplerOptions) -> str:
     """Digest of the code that generates the samples of a run with the sampler of that kind."""
-    from study.diffusion.samplers import REGISTRY
-
-    modules, exclude = _network(spec)
+    modules, exclude, models = _network(spec)
     exclude |= {f"{PACKAGE.name}.diffusion.stf"}
     roots = [module for module in modules if module not in exclude]
-    return stage_digest((*_verbs()["generate"], *roots, REGISTRY[sampler].split(":")[0]), exclude)
+    walks = sampler.implementation.partition(":")[0]
+    code = stage_digest((*_verbs()["generate"], *roots, walks), exclude)
+    sections = (*_sections(spec), "generation", "guidance", f"sampler {sampler.kind}")
+    code += _file(spec.backbone.row.own)
+    return _whole(code, sections, *models, type(sampler), GuidanceOptions)
 
 
-def probe(kind: str, specs: Iterable[Mapping[str, Any]]) -> str:
-    """Digest of the code of a probe that looks at networks of these resolved specs.
+def probe(kind: str, specs: Iterable[Spec]) -> str:
+    """Digest of the code of a probe that looks at networks of these specs.
 
     Other probes, and backbones and formulations that none of the specs has, have no part in it.
     """
-    from study.probes import PROBES
-
-    roots, exclude = {PROBES[kind]}, DECLARATIONS
+    roots, models = {PROBES[kind].implementation.partition(":")[0]}, {PROBES[kind]}
+    sections, files = {f"probe {kind}"}, {""}
     for spec in specs:
-        modules, _ = _network(spec)
+        modules, _, parts = _network(spec)
         roots.update(modules)
-    return stage_digest((*_verbs()["probe"], *sorted(roots)), exclude)
+        models.update(parts)
+        sections.update(_sections(spec))
+        files.add(_file(spec.backbone.row.own))
+    code = stage_digest((*_verbs()["probe"], *sorted(roots)), DECLARATIONS)
+    return _whole(code + "".join(sorted(files)), sections, *models)
 
 
 @cache
@@ -248,4 +340,7 @@ def notebook(path: str) -> str:
     lines = "\n".join(code).splitlines()
     tree = ast.parse("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
     names = {name for name in _imports(tree, "__main__", False) if _path(name, PACKAGE)}
-    return stage_digest((*_verbs()["notebook"], *sorted(names - DECLARATIONS)))
+    code = stage_digest(
+        (*_verbs()["notebook"], *sorted(name for name in names if not _declared(name)))
+    )
+    return _whole(code + repr(SCALINGS), ())

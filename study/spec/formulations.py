@@ -2,16 +2,18 @@
 
 Each model lists the options of one formulation with the published values as defaults, so that a
 configuration can be validated, completed and documented without the numerical libraries.
-`OPTIONS` maps the `kind` of a formulation to its model.
+`FORMULATIONS` maps the `kind` of a formulation to its model.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from study.diffusion.steps import (
+from study.files import UserError
+from study.spec.base import Options, kinds
+from study.spec.steps import (
     Sigma,
     Steps,
     check_betas,
@@ -19,20 +21,30 @@ from study.diffusion.steps import (
     linear_end,
     summed_betas,
 )
-from study.files import UserError
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+class FormulationOptions(Options):
+    """What the options of every formulation have in common."""
+
+    @property
+    def guidance(self) -> str:
+        """The kind of guidance that goes with it."""
+        return "edm"
+
+    @property
+    def discrete_steps(self) -> int | None:
+        """Steps of a discrete process, ``None`` of any other."""
+        return None
+
+    @property
+    def parts(self) -> list["FormulationOptions"]:
+        """The formulations of a run's networks: itself, or one for each split in their order."""
+        return [self]
 
     @property
     def output_multiplier(self) -> int:
         """Output channels that the network needs for each image channel."""
         return 1
-
-    def idle(self) -> Iterator[tuple[str, str]]:
-        """Keys that cannot act beside the others, and why; a study may not set them."""
-        yield from ()
 
 
 def _as_value_error(check: Callable[..., None], *arguments: Any) -> None:
@@ -43,9 +55,10 @@ def _as_value_error(check: Callable[..., None], *arguments: Any) -> None:
         raise ValueError(str(error)) from None
 
 
-class EDMOptions(_Options):
+class EDMOptions(FormulationOptions):
     """EDM preconditioning, noise distribution and loss (Karras et al. 2022, table 1)."""
 
+    implementation = "study.diffusion.edm:EDM"
     kind: Literal["edm"] = "edm"
     P_mean: float = Field(-1.2, description="Mean of ln(sigma) in training.")
     P_std: float = Field(1.2, gt=0, description="Standard deviation of ln(sigma) in training.")
@@ -69,9 +82,10 @@ class EDMOptions(_Options):
         return self
 
 
-class VPOptions(_Options):
+class VPOptions(FormulationOptions):
     """Variance-preserving preconditioning of the EDM family."""
 
+    implementation = "study.diffusion.vp:VP"
     kind: Literal["vp"] = "vp"
     beta_d: float = Field(19.9, ge=1e-3, description="Extent of the noise schedule.")
     beta_min: float = Field(0.1, gt=0, description="Initial slope of the noise schedule.")
@@ -88,9 +102,10 @@ class VPOptions(_Options):
         return self
 
 
-class VEOptions(_Options):
+class VEOptions(FormulationOptions):
     """Variance-exploding preconditioning of the EDM family."""
 
+    implementation = "study.diffusion.ve:VE"
     kind: Literal["ve"] = "ve"
     sigma_min: Sigma = Field(0.02, description="Smallest noise level.")
     sigma_max: Sigma = Field(100.0, description="Largest noise level.")
@@ -102,9 +117,10 @@ class VEOptions(_Options):
         return self
 
 
-class IDDPMOptions(_Options):
+class IDDPMOptions(FormulationOptions):
     """Improved-DDPM preconditioning of the EDM family: a table of noise levels."""
 
+    implementation = "study.diffusion.iddpm:IDDPM"
     kind: Literal["iddpm"] = "iddpm"
     C_1: float = Field(0.001, ge=1e-6, lt=1, description="Lower limit of one step's signal ratio.")
     C_2: float = Field(0.008, ge=0, le=10, description="Offset of the cosine schedule.")
@@ -121,9 +137,10 @@ class IDDPMOptions(_Options):
         return 2 if self.variance_channels else 1
 
 
-class VPSDEOptions(_Options):
+class VPSDEOptions(FormulationOptions):
     """U-ViT's formulation: variance-preserving SDE (or its discretisation) with LSimple."""
 
+    implementation = "study.diffusion.vpsde:VPSDE"
     kind: Literal["vpsde"] = "vpsde"
     schedule: Literal["linear", "cosine", "discrete"] = Field(
         "linear",
@@ -158,14 +175,23 @@ class VPSDEOptions(_Options):
             if schedule != self.schedule:
                 yield from ((key, f"it belongs to schedule {schedule}") for key in keys)
 
+    @property
+    def guidance(self) -> str:
+        return "uvit"
 
-class DDPMOptions(_Options):
+    @property
+    def discrete_steps(self) -> int | None:
+        return self.steps if self.schedule == "discrete" else None
+
+
+class DDPMOptions(FormulationOptions):
     """Discrete diffusion of U-DiT (the defaults) and of Patch Diffusion.
 
     U-DiT: eps prediction, unweighted error, learned variance with values in [-1, 1].
     Patch Diffusion: prediction x0, weighting sqrt_snr, variance_values unit.
     """
 
+    implementation = "study.diffusion.ddpm:DDPM"
     kind: Literal["ddpm"] = "ddpm"
     steps: Steps = Field(1000, description="Number of steps T.")
     schedule: str = Field(
@@ -258,8 +284,22 @@ class DDPMOptions(_Options):
         """Output channels that the network needs for each image channel."""
         return 2 if self.variance == "learned" else 1
 
+    @property
+    def guidance(self) -> str:
+        return "patch" if self.variance_values == "unit" else "udit"
 
-OPTIONS: dict[str, type[_Options]] = {
+    @property
+    def discrete_steps(self) -> int:
+        return self.steps
+
+    @property
+    def parts(self) -> list[FormulationOptions]:
+        if not self.splits or self.split is not None:
+            return [self]
+        return [self.model_copy(update={"split": k}) for k in range(len(self.splits) + 1)]
+
+
+FORMULATIONS: dict[str, type[FormulationOptions]] = {
     "edm": EDMOptions,
     "vp": VPOptions,
     "ve": VEOptions,
@@ -268,71 +308,7 @@ OPTIONS: dict[str, type[_Options]] = {
     "ddpm": DDPMOptions,
 }
 
-
-class AugmentationOptions(_Options):
-    """EDM's augmentation; the defaults are the CIFAR-10 setting.
-
-    A stage acts on an image with probability multiplier * p; multiplier 0 leaves it out, together
-    with its labels.
-    """
-
-    p: float = Field(0.12, ge=0, description="Probability that every multiplier is applied to.")
-    xflip: float = Field(1e8, ge=0, description="Multiplier: mirror left-right, half the time.")
-    yflip: float = Field(1.0, ge=0, description="Multiplier: mirror top-bottom, half the time.")
-    rotate_int: float = Field(0.0, ge=0, description="Multiplier: rotation by quarter turns.")
-    translate_int: float = Field(0.0, ge=0, description="Multiplier: shift by whole pixels.")
-    translate_int_max: float = Field(
-        0.125, gt=0, description="Largest shift by whole pixels, relative to the image size."
-    )
-    scale: float = Field(1.0, ge=0, description="Multiplier: isotropic scaling.")
-    rotate_frac: float = Field(1.0, ge=0, description="Multiplier: rotation by any angle.")
-    aniso: float = Field(1.0, ge=0, description="Multiplier: anisotropic scaling.")
-    translate_frac: float = Field(1.0, ge=0, description="Multiplier: shift by any distance.")
-    scale_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the scale.")
-    rotate_frac_max: float = Field(1.0, ge=0, description="Largest angle; 1 is half a turn.")
-    aniso_std: float = Field(0.2, ge=0, description="Standard deviation of log2 of the aspect.")
-    aniso_rotate_prob: float = Field(
-        0.5, ge=0, le=1, description="Probability that the anisotropic axis is turned."
-    )
-    translate_frac_std: float = Field(
-        0.125, ge=0, description="Standard deviation of the shift, relative to the image size."
-    )
-    brightness: float = Field(0.0, ge=0, description="Multiplier: brightness.")
-    contrast: float = Field(0.0, ge=0, description="Multiplier: contrast.")
-    lumaflip: float = Field(0.0, ge=0, description="Multiplier: inversion of luma.")
-    hue: float = Field(0.0, ge=0, description="Multiplier: rotation of hue.")
-    saturation: float = Field(0.0, ge=0, description="Multiplier: saturation.")
-    brightness_std: float = Field(0.2, ge=0, description="Standard deviation of the brightness.")
-    contrast_std: float = Field(0.5, ge=0, description="Standard deviation of log2 of contrast.")
-    hue_max: float = Field(1.0, ge=0, description="Largest rotation of hue; 1 is half a turn.")
-    saturation_std: float = Field(
-        1.0, ge=0, description="Standard deviation of log2 of the saturation."
-    )
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The stages in use, in order."""
-        return tuple(name for name in AUGMENTATION_LABELS if getattr(self, name) > 0)
-
-    @property
-    def label_dim(self) -> int:
-        """Length of the augmentation label."""
-        return sum(AUGMENTATION_LABELS[name] for name in self.stages)
-
-
-AUGMENTATION_LABELS = {
-    "xflip": 1,
-    "yflip": 1,
-    "rotate_int": 2,
-    "translate_int": 2,
-    "scale": 1,
-    "rotate_frac": 2,
-    "aniso": 2,
-    "translate_frac": 2,
-    "brightness": 1,
-    "contrast": 1,
-    "lumaflip": 1,
-    "hue": 2,
-    "saturation": 1,
-}
-"""Augmentation stages in order, and how many entries each has in the label."""
+Formulation = kinds(
+    FORMULATIONS,
+    "Formulation: how noise levels are drawn, F becomes a denoiser, the loss is weighted.",
+)

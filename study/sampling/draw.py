@@ -15,19 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from study import bounded
-from study.arms import complete
-from study.autoencoder import LatentDecoder, load_decoder
 from study.averaging import remark
 from study.backbones.base import check_attention
 from study.data import Archive
 from study.diffusion.guidance import guided
-from study.diffusion.samplers import NoiseSource, nfe, sampler
-from study.diffusion.samplers.options import guidance_options
+from study.diffusion.samplers import NoiseSource, sampler
 from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
 from study.network import arithmetic, build_network
 from study.pictures import in_order, tile
 from study.processes import own_environment
 from study.provenance import Stopwatch, provenance
+from study.sampling.decoder import LatentDecoder, load_decoder
+from study.spec.guidance import guidance_options, nfe
+from study.spec.run import Spec
 from study.trained import BrokenWeights, denoiser_of, load_weights, read_status
 
 GRID = 10
@@ -187,16 +187,16 @@ def generate(
     train = run_dir / "train"
     status = read_status(train)
     archive = Archive(data)
-    spec = complete(status["spec"])  # older runs lack newer options
+    spec = Spec.read(status["spec"])  # older runs lack newer options
     draw = sampler(protocol["sampler"])
-    guidance = guidance_options(protocol["guidance"], spec["formulation"])
+    guidance = guidance_options(protocol["guidance"], spec.formulation)
     facts = {
         "seed": protocol["seed"],
         "sampler": draw.options.model_dump(mode="json"),
         "guidance": None if guidance is None else guidance.model_dump(mode="json"),
         "weights": protocol["weights"],
-        "nfe": nfe(protocol["sampler"], protocol["guidance"], spec["formulation"]),
-        "precision": spec["training"]["precision"],
+        "nfe": nfe(protocol["sampler"], protocol["guidance"], spec.formulation),
+        "precision": spec.training.precision,
         "code": code,
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def generate(
         return _skip(out, archive, facts, word, f"training {word}: {status['reason']}")
     with own_environment():
         device = Accelerator(cpu=not torch.cuda.is_available() or None).device
-    check_attention(spec["training"]["attention"], device)
+    check_attention(spec.training.attention, device)
     decoder = _decoder(protocol, archive)
     if decoder is not None:
         decoder.to(device)
@@ -224,10 +224,10 @@ def generate(
 
     count = protocol["images"] or len(archive)
     seeds = range(protocol["seed"], protocol["seed"] + count)
-    conditional = spec["training"]["conditional"]
+    conditional = spec.training.conditional
     labels = _labels(archive, conditional, seeds)
     shape = (archive.channels, archive.resolution, archive.resolution)
-    identity = {**facts, "spec": spec, "data": archive.sha256, "batch": batch}
+    identity = {**facts, "spec": spec.key, "data": archive.sha256, "batch": batch}
     parts = _Parts(
         run_dir / "state" / "generate",
         {**identity, "images": count, "weights_sha256": weights_sha256},

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from study import contents, digest
-from study.arms import Run, canonical, probed
+from study.arms import Run, probed
 from study.arms import runs as resolve
 from study.averaging import remark
-from study.config import Probe, Study, load
-from study.diffusion.samplers.options import guidance_options
 from study.files import UserError, printable, read_json
-from study.progress import check_folder, duration, read_progress
+from study.ledger import contents, digest
+from study.ledger.progress import check_folder, duration, read_progress
+from study.spec.guidance import guidance_options
+from study.spec.probes import ProbeOptions
+from study.spec.run import Spec
+from study.spec.study import Study, load
 
 STATES = ("done", "running", "diverged", "waiting", "stopped", "stale", "missing")
 """States of a run.
@@ -66,7 +68,7 @@ def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> st
     ``data`` is the hash of the data set as it is now, where that is known.
     """
     try:
-        same = canonical(status["spec"]) == canonical(run.spec)
+        same = Spec.read(status["spec"]).key == run.spec.key
     except (KeyError, TypeError, AttributeError, UserError):  # a spec of another version
         same = False
     if not same:
@@ -83,7 +85,7 @@ def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str
     """Why finished samples or metrics are not what would be made today; empty if they are."""
     protocol = study.generation
     if stage == "generate":
-        code = digest.generation(run.spec, protocol.sampler.kind)
+        code = digest.generation(run.spec, protocol.sampler)
     else:
         code = digest.stage("evaluate")
     if facts.get("code") not in (None, code):
@@ -94,11 +96,11 @@ def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str
     if facts.get("status") not in ("done", "diverged"):
         return ""
     guidance = guidance_options(
-        protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec["formulation"]
+        protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec.formulation
     )
     drawn = facts["images"] + (facts.get("not_finite") or 0)
     wanted = {
-        "sampler": protocol.sampler.resolved(),
+        "sampler": protocol.sampler.model_dump(mode="json"),
         "guidance": guidance and guidance.model_dump(mode="json"),
         "seed": protocol.seed,
         "weights": protocol.weights,
@@ -108,7 +110,7 @@ def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str
     return "" if same else "made by another protocol"
 
 
-def _unlike_probe(probe: Probe, run: Run, facts: Mapping[str, Any]) -> str:
+def _unlike_probe(probe: ProbeOptions, run: Run, facts: Mapping[str, Any]) -> str:
     """Why a finished probe is not what would be made today; empty if it is."""
     if facts.get("code") not in (None, digest.probe(probe.kind, [run.spec])):
         return "its code has changed"
@@ -241,7 +243,7 @@ def show(
     from rich.live import Live
     from rich.text import Text
 
-    from study.plan import check, kept_archives, missing_files
+    from study.ledger.checks import check, kept_archives, missing_files
 
     check_folder(results)
     study, results = load(config), Path(results)

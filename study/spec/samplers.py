@@ -4,7 +4,6 @@ Light on purpose (no torch): a study's configuration is checked with these model
 network evaluations with :func:`nfe`.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Iterator
@@ -12,19 +11,17 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AllowInfNan,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from study.diffusion.steps import Sigma, Steps, check_betas, kept_steps
 from study.files import UserError
+from study.spec.base import Options, kinds
+from study.spec.steps import Sigma, Steps, check_betas, kept_steps
 
 Count = Annotated[int, Field(ge=1, le=100_000)]
 """Steps of a sampler."""
@@ -45,16 +42,8 @@ UpperBound = Annotated[
 """A float that may be infinite; it is written as ``"inf"`` so that JSON stays strict."""
 
 
-class SamplerOptions(BaseModel):
+class SamplerOptions(Options):
     """What every sampler's options have in common."""
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
-    )
-
-    def idle(self) -> Iterator[tuple[str, str]]:
-        """Keys that cannot act beside the others, and why; a study may not set them."""
-        yield from ()
 
     def evaluations(self, timesteps: int | None = None) -> int:
         """Denoiser evaluations per image; ``timesteps`` is the length of a discrete formulation.
@@ -96,6 +85,7 @@ class _Churn(SamplerOptions):
 class EDMHeunOptions(_Churn):
     """The stochastic sampler of Karras et al. 2022, Algorithm 2, and its Euler form."""
 
+    implementation = "study.diffusion.samplers.edm:EDMHeun"
     kind: Literal["edm_heun"] = Field(default="edm_heun", description="EDM's sampler.")
     steps: Count = Field(default=18, description="Number of steps N.")
     sigma_min: Sigma = Field(
@@ -131,6 +121,7 @@ class EDMHeunOptions(_Churn):
 class EDMAblationOptions(_Churn):
     """The generalised sampler of Karras et al. 2022, Appendices B and C."""
 
+    implementation = "study.diffusion.samplers.ablation:EDMAblation"
     kind: Literal["edm_ablation"] = Field(default="edm_ablation", description="EDM's ablations.")
     steps: Count = Field(default=18, description="Number of steps N.")
     sigma_min: Sigma | None = Field(
@@ -244,6 +235,7 @@ class _VPTime(SamplerOptions):
 class DPMSolverOptions(_VPTime):
     """DPM-Solver "fast" of Lu et al. 2022 (singlestep, order 3 with a lower tail), as in U-ViT."""
 
+    implementation = "study.diffusion.samplers.dpm_solver:DPMSolver"
     kind: Literal["dpm_solver"] = Field(default="dpm_solver", description="DPM-Solver, fast.")
     steps: Count = Field(default=50, description="Number of denoiser evaluations.")
     spacing: Literal["logsnr", "time"] = Field(
@@ -281,6 +273,7 @@ class DPMSolverPPOptions(DPMSolverOptions):
 class EulerMaruyamaOptions(_VPTime):
     """Euler(-Maruyama) on the reverse SDE or its probability-flow ODE (Song et al. 2021)."""
 
+    implementation = "study.diffusion.samplers.euler_maruyama:EulerMaruyama"
     kind: Literal["euler_maruyama"] = Field(default="euler_maruyama", description="Reverse SDE.")
     steps: Count = Field(default=1000, description="Number of updates and of evaluations.")
     form: Literal["sde", "ode"] = Field(
@@ -380,6 +373,7 @@ class _Discrete(SamplerOptions):
 class AncestralOptions(_Discrete):
     """Ancestral sampling of Ho et al. 2020 with the variances of Nichol & Dhariwal 2021."""
 
+    implementation = "study.diffusion.samplers.ancestral:Ancestral"
     kind: Literal["ancestral"] = Field(default="ancestral", description="DDPM's sampler.")
     variance: Literal["formulation", "small", "large"] = Field(
         default="formulation",
@@ -391,47 +385,14 @@ class AncestralOptions(_Discrete):
 class DDIMOptions(_Discrete):
     """DDIM of Song et al. 2021."""
 
+    implementation = "study.diffusion.samplers.ancestral:DDIM"
     kind: Literal["ddim"] = Field(default="ddim", description="DDIM.")
     eta: float = Field(
         default=0.0, ge=0, le=10, description="0 is deterministic; 1 has DDPM's posterior variance."
     )
 
 
-class GuidanceOptions(BaseModel):
-    """Classifier-free guidance as each paper defines it; ``s`` is the scale."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    kind: Literal["edm", "uvit", "udit", "patch"] = Field(
-        default="edm",
-        description="edm: D_null + s (D_cond - D_null). uvit: e_cond + s (e_cond - e_null) on the "
-        "noise e, so that 0 is no guidance. udit: e_null + s (e_cond - e_null) on the first three "
-        "channels only. patch: the same on all channels, variance from the conditional pass.",
-    )
-    scale: float = Field(description="Strength s. No guidance is 0 for uvit and 1 for the others.")
-    channels: int | None = Field(
-        default=None,
-        ge=1,
-        description="How many of the first channels are guided; null: three for udit, else all.",
-    )
-
-    @property
-    def weight(self) -> float:
-        """w of null + w (cond - null), the common form of all four."""
-        return self.scale + 1 if self.kind == "uvit" else self.scale
-
-    @property
-    def guided_channels(self) -> int | None:
-        """Number of leading channels that are guided, ``None`` for all."""
-        return 3 if self.kind == "udit" and self.channels is None else self.channels
-
-    @property
-    def evaluations(self) -> int:
-        """Network evaluations per denoiser evaluation: one where guidance changes nothing."""
-        return 1 if self.weight == 1 else 2
-
-
-OPTIONS: dict[str, type[SamplerOptions]] = {
+SAMPLERS: dict[str, type[SamplerOptions]] = {
     "edm_heun": EDMHeunOptions,
     "edm_ablation": EDMAblationOptions,
     "dpm_solver": DPMSolverOptions,
@@ -442,72 +403,4 @@ OPTIONS: dict[str, type[SamplerOptions]] = {
 }
 """Options model of every sampler kind."""
 
-
-def one_line(error: ValidationError) -> str:
-    """The first fault of a pydantic error, on one line: where, what, and what was given."""
-    fault = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in fault["loc"])
-    message = fault["msg"].removeprefix("Value error, ")
-    return f"{where}: {message}" if where else message
-
-
-def options(spec: dict[str, Any] | SamplerOptions) -> SamplerOptions:
-    """The checked options of ``{"kind": ..., ...}``. Raises ``UserError`` on one line."""
-    if isinstance(spec, SamplerOptions):
-        return spec
-    kind = spec.get("kind")
-    if kind not in OPTIONS:
-        close = difflib.get_close_matches(str(kind), OPTIONS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "one of " + ", ".join(OPTIONS)
-        raise UserError(f"sampler: unknown kind {kind!r}; {hint}")
-    try:
-        return OPTIONS[kind].model_validate(spec)
-    except ValidationError as error:
-        raise UserError(f"sampler {kind}: {one_line(error)}") from None
-
-
-def guidance_kind(formulation: dict[str, Any] | None) -> str:
-    """The kind of guidance that goes with a formulation, from its options."""
-    formulation = formulation or {}
-    if formulation.get("kind") == "ddpm":
-        return "patch" if formulation.get("variance_values") == "unit" else "udit"
-    return "uvit" if formulation.get("kind") == "vpsde" else "edm"
-
-
-def guidance_options(
-    spec: float | dict[str, Any] | GuidanceOptions | None,
-    formulation: dict[str, Any] | None = None,
-) -> GuidanceOptions | None:
-    """The checked options of guidance, or ``None``. Raises ``UserError`` on one line.
-
-    A number is a scale; its kind is that of the formulation (its options as a mapping).
-    """
-    if spec is None or isinstance(spec, GuidanceOptions):
-        return spec
-    if isinstance(spec, int | float):
-        spec = {"scale": spec}
-    try:
-        return GuidanceOptions.model_validate({"kind": guidance_kind(formulation), **spec})
-    except ValidationError as error:
-        raise UserError(f"guidance: {one_line(error)}") from None
-
-
-def discrete_steps(formulation: dict[str, Any]) -> int | None:
-    """Steps of a discrete formulation (its options as a mapping), ``None`` of any other."""
-    discrete = formulation.get("kind") == "ddpm" or formulation.get("schedule") == "discrete"
-    return formulation.get("steps", 1000) if discrete else None
-
-
-def nfe(
-    spec: dict[str, Any] | SamplerOptions,
-    guidance: float | dict[str, Any] | GuidanceOptions | None = None,
-    formulation: dict[str, Any] | None = None,
-) -> int:
-    """Network evaluations per image of a sampler, guidance counted, without torch.
-
-    ``formulation``: its options as a mapping. It matters for guidance that is a bare scale, and for
-    a discrete sampler without respacing on a discrete formulation.
-    """
-    guided = guidance_options(guidance, formulation)
-    timesteps = discrete_steps(formulation or {})
-    return options(spec).evaluations(timesteps) * (guided.evaluations if guided else 1)
+Sampler = kinds(SAMPLERS, "Sampler: its kind and options.")

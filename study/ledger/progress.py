@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from study.files import UserError, printable, read_json, write_json, write_text
-from study.probes import PROBES
+from study.spec.probes import PROBES
 
 STOP_FILE = "results/.stop"
 

@@ -6,37 +6,26 @@ parameters and operations, on the meta device, once per network; the counts are 
 """
 
 import heapq
-import json
 import os
 import statistics
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from study import contents, digest
-from study.arms import (
-    NOT_SETTINGS,
-    Run,
-    check_archive,
-    image_shape,
-    images_of,
-    models,
-    probed,
-    remarks,
-    training_steps,
-    unsupported,
-)
+from study.arms import Run, probed
 from study.arms import runs as resolve
 from study.averaging import remark
-from study.config import Dataset, Probe, Study, load
-from study.diffusion.samplers import nfe
 from study.files import UserError, canonical_json, read_json, write_json
-from study.progress import SECONDS, check_folder, duration
-from study.status import State, replaced, state_of
+from study.ledger import checks, digest
+from study.ledger.progress import SECONDS, check_folder, duration
+from study.ledger.status import State, replaced, state_of
+from study.spec.guidance import nfe
+from study.spec.probes import ProbeOptions
+from study.spec.run import Spec
+from study.spec.study import Study, load
 
 SPEED = {
     # family: (one CPU core, one GPU), in GFLOP/s that training reaches. CPU: measured with the tiny
@@ -68,8 +57,6 @@ EVALUATION = {"inception": (0.03, 0.001), "digits": (0.001, 0.001)}
 COUNTED = Path(__file__).parent / "networks.json"
 """Counts that come with the package; ``make networks`` writes them."""
 
-LARGEST_DESCRIPTION = 2**28
-"""Bytes of an archive's ``dataset.json`` that are read; what is longer is checked by the jobs."""
 
 COUNT_UP_TO = 200
 """Runs of a study up to which its networks are counted without being asked."""
@@ -111,41 +98,38 @@ class Row:
 # --- networks --------------------------------------------------------------------------------
 
 
-def _scaling_kind(spec: Mapping[str, Any]) -> str:
+def _scaling_kind(spec: Spec) -> str:
     """Constant factors have no parameters, so they make networks of the same size."""
-    method = spec["skip_scaling"]["method"]
-    return method if method.startswith("ls") else "constant"
+    return spec.skip_scaling.method if spec.skip_scaling.learned else "constant"
 
 
-def _network_key(spec: Mapping[str, Any], shape: tuple[int, int, int]) -> str:
-    from study.backbones import family
-
-    training = spec["training"]
+def _network_key(spec: Spec, shape: tuple[int, int, int]) -> str:
+    training = spec.training
     return canonical_json(
         [
-            spec["backbone"]["family"],
-            spec["backbone"]["options"],
+            spec.backbone.family,
+            spec.backbone.options.model_dump(mode="json"),
             _scaling_kind(spec),
             *shape,
-            training["conditional"],
-            bool(training["augment"]),
-            spec["formulation"]["kind"],
-            *([len(models(spec))] if len(models(spec)) > 1 else []),
-            digest.stage_digest((family(spec["backbone"]["family"]).module,)),
+            training.conditional,
+            bool(training.augment),
+            spec.formulation.kind,
+            *([len(spec.models)] if len(spec.models) > 1 else []),
+            digest.network(spec),
         ]
     )
 
 
-def _shape(spec: Mapping[str, Any], results: Path) -> tuple[int, int, int] | None:
+def _shape(spec: Spec, results: Path) -> tuple[int, int, int] | None:
     """Resolution, channels and classes of the data, if they are known before conversion."""
-    resolution, channels = image_shape(spec["dataset"])
-    classes = spec["dataset"]["classes"] or CLASSES.get(spec["dataset"]["source"], 10)
+    resolution, channels = spec.shape
+    classes = spec.dataset.classes or CLASSES.get(spec.dataset.source, 10)
     if resolution is None or channels is None:
         return None
     return resolution, channels, classes
 
 
-def count(spec: Mapping[str, Any], shape: tuple[int, int, int]) -> Network:
+def count(spec: Spec, shape: tuple[int, int, int]) -> Network:
     """Count a network's parameters and operations on the meta device. Imports torch.
 
     Of networks that share the noise levels every image passes one.
@@ -157,19 +141,19 @@ def count(spec: Mapping[str, Any], shape: tuple[int, int, int]) -> Network:
     from study.diffusion import formulations
 
     resolution, channels, classes = shape
-    training = spec["training"]
-    classes = classes if training["conditional"] else 0
-    parts = formulations(spec["formulation"])
+    training = spec.training
+    classes = classes if training.conditional else 0
+    parts = formulations(spec.formulation)
     outputs = channels * parts[0].output_multiplier
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         network = build(
-            spec["backbone"],
-            spec["skip_scaling"],
+            spec.backbone,
+            spec.skip_scaling,
             resolution=resolution,
             channels=channels,
             out_channels=outputs,
             num_classes=classes,
-            augment_dim=9 if training["augment"] else 0,
+            augment_dim=9 if training.augment else 0,
         )
         image = torch.empty(1, channels, resolution, resolution)
         label = torch.zeros(1, dtype=torch.int64) if classes else None
@@ -195,7 +179,7 @@ class Networks:
         self.changed = False
         self.missing: set[str] = set()
 
-    def __call__(self, spec: Mapping[str, Any]) -> Network | None:
+    def __call__(self, spec: Spec) -> Network | None:
         shape = _shape(spec, self.results)
         if shape is None:
             return None
@@ -227,8 +211,8 @@ def count_all(configs: Iterable[str | Path]) -> None:
 # --- time ------------------------------------------------------------------------------------
 
 
-def _backbone_key(spec: Mapping[str, Any]) -> str:
-    return canonical_json([spec["backbone"], spec["dataset"]["name"], image_shape(spec["dataset"])])
+def _backbone_key(spec: Spec) -> str:
+    return canonical_json([spec.chosen["backbone"], spec.dataset.name, spec.shape])
 
 
 class Measured:
@@ -239,7 +223,7 @@ class Measured:
         for folder in folders:
             try:
                 status = read_json(folder / "train" / "status.json")
-                key = _backbone_key(status["spec"])
+                key = _backbone_key(Spec.read(status["spec"]))
                 device = (status.get("provenance") or {}).get("device") or "cpu"
                 if (device != "cpu") != gpu:
                     continue
@@ -254,7 +238,7 @@ class Measured:
                 continue
         self.seconds = {key: statistics.median(values) for key, values in found.items()}
 
-    def __call__(self, spec: Mapping[str, Any], stage: str) -> float | None:
+    def __call__(self, spec: Spec, stage: str) -> float | None:
         """Seconds per image: a training step's share, or one network evaluation in sampling."""
         return self.seconds.get((_backbone_key(spec), stage))
 
@@ -268,7 +252,7 @@ def images_to_make(study: Study, results: Path = Path("results")) -> int | None:
     if study.generation.images is not None:
         return study.generation.images
     dataset = study.dataset
-    known = images_of(dataset.model_dump(mode="json"))
+    known = dataset.images
     if known is None:
         reference = results / "datasets" / f"{dataset.name}.{study.evaluation.extractor}"
         try:
@@ -278,10 +262,10 @@ def images_to_make(study: Study, results: Path = Path("results")) -> int | None:
     return min(known, dataset.max_images or known)
 
 
-def _evaluations(study: Study, spec: Mapping[str, Any]) -> int:
+def _evaluations(study: Study, spec: Spec) -> int:
     guidance = study.generation.guidance
     guidance = guidance and guidance.model_dump(mode="json")
-    return nfe(study.generation.sampler.resolved(), guidance, spec["formulation"])
+    return nfe(study.generation.sampler, guidance, spec.formulation)
 
 
 def guess(rule: str, study: Study, run: Run | None) -> float:
@@ -289,222 +273,12 @@ def guess(rule: str, study: Study, run: Run | None) -> float:
     gpu = study.machine.gpus > 0
     if run is None or rule not in ("train", "generate"):
         return SECONDS.get(rule, 5.0)
-    per_image = TYPICAL_GFLOPS * 1e9 / _speed(run.spec["backbone"]["family"], gpu)
+    per_image = TYPICAL_GFLOPS * 1e9 / _speed(run.spec.backbone.family, gpu)
     if rule == "train":
-        images = training_steps(run.spec) * run.spec["training"]["batch"]
+        images = run.spec.steps * run.spec.training.batch
         return STARTING + 3 * per_image * images
     images = images_to_make(study) or 10_000
     return STARTING + per_image * images * _evaluations(study, run.spec)
-
-
-def check_shared(
-    study: Study, results: str | Path = "results", sources: Mapping[str, str] | None = None
-) -> None:
-    """Raise ``UserError`` if another study means something else by the same data set's name.
-
-    Studies share archives, classifiers and references; two meanings of one name would convert, and
-    so train, everything again at every change of study. ``sources`` are the identities of the
-    sources (``study.contents.source``) by archive, where paths are to be compared too.
-    """
-    results, ours = Path(results), study.model_dump(mode="json")
-    for path in sorted(results.glob("*/study.json")):
-        try:
-            _check_other(ours, read_json(path)["config"], path.parent, sources)
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}: not the description of a study of this version; move {path.parent} away"
-            ) from None
-
-
-def _check_other(
-    ours: Mapping[str, Any],
-    other: Mapping[str, Any],
-    folder: Path,
-    sources: Mapping[str, str] | None,
-) -> None:
-    """The same of one other study, whose results are in ``folder``."""
-    if other["study"] == ours["study"]:
-        return
-    _check_classifier(ours, other, folder)
-    for where, mine in _datasets(ours).items():
-        for theirs in _datasets(other).values():
-            _check_same(where, mine, theirs, folder)
-            if sources is not None and mine["name"] == theirs["name"]:
-                archive = str(folder.parent / "datasets" / f"{mine['name']}.zip")
-                _check_source(where, mine, theirs, folder, archive, sources)
-
-
-def _check_source(
-    where: str,
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
-    folder: Path,
-    archive: str,
-    sources: Mapping[str, str],
-) -> None:
-    """The archive was made from another study's path, and ours holds something else."""
-    made_from = contents.made_from(archive)
-    if sources.get(archive) in (None, made_from):
-        return
-    if made_from is None and contents.gone(theirs["path"]):
-        return
-    if contents.source(theirs["path"], archive) == sources[archive]:
-        return
-    raise UserError(
-        f"{where}.path: {ours['path']} does not hold what {theirs['path']} holds, which is the "
-        f"data set {ours['name']!r} of {folder}; choose another name, or delete that folder"
-    )
-
-
-def _check_classifier(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> None:
-    """Studies whose features come from a classifier of the same data set share that classifier."""
-    mine, other = ours["evaluation"], theirs["evaluation"]
-    if not mine["extractor"] == other["extractor"] == "digits":
-        return
-    if ours["dataset"]["name"] != theirs["dataset"]["name"]:
-        return
-    if mine["seed"] != other.get("seed", 0):
-        raise UserError(
-            f"evaluation.seed: {folder} has trained the classifier of "
-            f"{ours['dataset']['name']!r} with seed {other.get('seed', 0)}, which all studies of "
-            f"this data set share; take that seed, give the data set another name, or delete "
-            "that folder"
-        )
-
-
-def _datasets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The data sets of a resolved study by the section that describes them."""
-    found = {
-        "dataset": config["dataset"],
-        "evaluation.reference": config["evaluation"].get("reference"),
-    }
-    return {where: dataset for where, dataset in found.items() if dataset is not None}
-
-
-def _check_same(
-    where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path
-) -> None:
-    if ours["name"] != theirs["name"]:
-        return
-    for key in ours:
-        if key not in NOT_SETTINGS and ours[key] != theirs.get(key):
-            raise UserError(
-                f"{where}.name: {ours['name']!r} is a data set of {folder} with {key}: "
-                f"{theirs.get(key)!r} instead of {ours[key]!r}; choose another name, or delete "
-                "that folder"
-            )
-
-
-def check(
-    study: Study,
-    runs: Mapping[str, Run],
-    results: str | Path = "results",
-    *,
-    notebooks: str | Path = "notebooks",
-    sources: Mapping[str, str] | None = None,
-) -> list[str]:
-    """Check a study against what lies here: other studies, notebooks, converted data sets.
-
-    Returns a line for each thing that a user should know and that keeps no job from running, and
-    raises ``UserError`` for what does. Both from small files alone.
-    """
-    check_shared(study, results, sources)
-    _check_notebooks(study, Path(notebooks))
-    found = {}
-    for where, dataset in (("dataset", study.dataset), ("reference", study.evaluation.reference)):
-        if dataset is not None:
-            found[where] = _converted(dataset, Path(results))
-    if found["dataset"] is not None:
-        images, *shape = found["dataset"]
-        check_archive(dict(runs), study.dataset.name, images, tuple(shape))
-    _check_reference(study, found["dataset"], found.get("reference"))
-    return remarks(study)
-
-
-def _check_notebooks(study: Study, folder: Path) -> None:
-    for name in study.notebooks if folder.is_dir() else ():
-        if not (folder / f"{name}.ipynb").is_file():
-            here = ", ".join(sorted(path.stem for path in folder.glob("*.ipynb")))
-            raise UserError(f"notebooks: there is no {folder / name}.ipynb; allowed: {here}")
-
-
-def _converted(dataset: Dataset, results: Path) -> tuple[int, int, int] | None:
-    """Images, resolution and channels of a data set's archive.
-
-    ``None`` where there is none, or none that the study would still make of its source.
-    """
-    archive = results / "datasets" / f"{dataset.name}.zip"
-    try:
-        with zipfile.ZipFile(archive) as file, file.open("dataset.json") as opened:
-            meta = json.loads(opened.read(LARGEST_DESCRIPTION))
-        images, *shape = (int(meta[key]) for key in ("images", "resolution", "channels"))
-    except Exception:  # a file in its place may be damaged in any way; the jobs will say so
-        return None
-    settings = dataset.model_dump(mode="json")
-    wanted = images_of(settings) or min(images, dataset.max_images or images)
-    fixed = zip(shape, image_shape(settings))
-    if images != wanted or any(asked not in (None, found) for found, asked in fixed):
-        return None
-    former = contents.made_from(archive)
-    if former is not None and contents.source(dataset.path, archive) != former:
-        return None
-    return images, *shape
-
-
-def _check_reference(
-    study: Study,
-    data: tuple[int, int, int] | None,
-    reference: tuple[int, int, int] | None,
-) -> None:
-    """Raise ``UserError`` where samples have another shape than what they are measured against."""
-    measured = study.evaluation.reference
-    if measured is None or study.generation.decoder is not None:
-        return
-    pairs = []
-    for known, dataset in ((data, study.dataset), (reference, measured)):
-        shape = known[1:] if known else image_shape(dataset.model_dump(mode="json"))
-        pairs.append(shape)
-    for key, ours, theirs in zip(("resolution", "channels"), *pairs, strict=True):
-        if None not in (ours, theirs) and ours != theirs:
-            raise UserError(
-                f"evaluation.reference: {measured.name} has {key} {theirs}, but the samples are "
-                f"like {study.dataset.name}, whose {key} is {ours}; make them equal with "
-                "resolution and color"
-            )
-
-
-def missing_files(
-    study: Study, runs: Mapping[str, Run], results: str | Path = "results"
-) -> list[str]:
-    """A line for every file or folder that a study names, still needs, and that is not there."""
-    results = Path(results)
-    folder = results / study.study / "runs"
-    decoder, measured = study.generation.decoder, study.evaluation.reference
-    wanted: list[tuple[str, str | None, Iterable[Path]]] = [
-        ("dataset.path", study.dataset.path, [results / f"datasets/{study.dataset.name}.zip"]),
-        (
-            "generation.decoder.weights",
-            decoder and decoder.weights,
-            (folder / run / "generate/generate.json" for run in runs),
-        ),
-        (
-            "evaluation.weights",
-            study.evaluation.weights,
-            (folder / run / "evaluate/fidelity.json" for run in runs),
-        ),
-    ]
-    if measured is not None:
-        archive = results / f"datasets/{measured.name}.zip"
-        wanted.append(("evaluation.reference.path", measured.path, [archive]))
-    for run in runs.values():
-        if run.checkpoint is not None:
-            status = folder / run.name / "train/status.json"
-            wanted.append((f"{run.display}: checkpoint", run.checkpoint, [status]))
-    return [
-        f"{where}: {path}: no such file or folder"
-        for where, path, made in wanted
-        if contents.gone(path) and not all(map(os.path.exists, made))
-    ]
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -544,14 +318,13 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     return rows
 
 
-def _probe_seconds(probe: Probe, results: Path) -> Callable[[Row], float | None]:
+def _probe_seconds(probe: ProbeOptions, results: Path) -> Callable[[Row], float | None]:
     """Seconds of a run's job of a probe: from those made here with its options, or a first guess.
 
     Short trainings cost what their steps cost, up to the largest rate: an upper end.
     """
     if probe.kind == "stability_frontier":
-        options = probe.resolved()
-        steps = len(options["lr"]) * options["steps"]
+        steps = len(probe.lr) * probe.steps
         return lambda row: row.step_seconds and STARTING + steps * row.step_seconds
     paths = sorted(results.glob(f"*/runs/*/probes/{probe.kind}.json"))
     alike = (
@@ -573,20 +346,20 @@ def _row(
     images: int | None,
 ) -> Row:
     gpu = study.machine.gpus > 0
-    steps = training_steps(run.spec)
-    row = Row(run, state, steps, steps * run.spec["training"]["batch"])
+    steps = run.spec.steps
+    row = Row(run, state, steps, steps * run.spec.training.batch)
     row.network = networks(run.spec)
     per_image, source = {}, "measured here"
     for stage, passes in (("train", 3), ("generate", 1)):
         per_image[stage] = measured(run.spec, stage)
         if per_image[stage] is None and row.network is not None:
-            speed = _speed(run.spec["backbone"]["family"], gpu)
+            speed = _speed(run.spec.backbone.family, gpu)
             per_image[stage] = passes * row.network.flops / speed
             source = "counted operations and a table of speeds"
         elif per_image[stage] is None:
             source = "unknown"
     row.source = source
-    row.step_seconds = _product(per_image["train"], row.run.spec["training"]["batch"])
+    row.step_seconds = _product(per_image["train"], row.run.spec.training.batch)
     wanted = {
         "train": _product(per_image["train"], row.images_seen),
         "generate": _product(per_image["generate"], images, _evaluations(study, run.spec)),
@@ -600,10 +373,10 @@ def _row(
     row.seconds = started | dict.fromkeys(_finished(state), 0.0)
     if state.state not in ("done", "diverged"):
         row.why = state.note or state.state
-    resolution, channels = image_shape(run.spec["dataset"])
+    resolution, channels = run.spec.shape
     reference = study.evaluation.reference
     if study.generation.decoder is not None and reference is not None:
-        resolution, channels = image_shape(reference.model_dump(mode="json"))
+        resolution, channels = reference.shape
     if row.network is not None and images is not None and resolution and channels:
         # EMA and raw weights; checkpoint: weights, average and two moments; samples.
         row.disk = 4.0 * row.network.parameters * (2 + 4) + images * resolution**2 * channels
@@ -746,37 +519,13 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
         lines.append(f"Times: {sources}. Disk: {disk}, checkpoints {states} of it")
     elif todo:
         lines.append(f"{steps:,} steps; no estimate of the time for {len(todo) - len(known)} runs")
-    problems = [unsupported(row.run.spec) for row in rows]
+    problems = [row.run.spec.unsupported for row in rows]
     if study.generation.weights == "ema":
         problems += _young_averages(rows)
     lines += dict.fromkeys(problem for problem in problems if problem)
     if missing:
         lines.append(f"{missing} networks are not counted yet; `study plan --count` does it")
     return lines
-
-
-def changed_sources(study: Study, results: str | Path = "results") -> list[str]:
-    """A line for each data set that is converted anew, since its path leads to other files now."""
-    lines = []
-    for where, dataset in _datasets(study.model_dump(mode="json")).items():
-        archive = Path(results, "datasets", f"{dataset['name']}.zip")
-        former = contents.made_from(archive)
-        if former is not None and contents.source(dataset["path"], archive) != former:
-            lines.append(
-                f"{where}.path: {dataset['path']} does not hold what {archive} was made from; it "
-                "is converted anew, and with it everything that depends on it"
-            )
-    return lines
-
-
-def kept_archives(study: Study, results: Path) -> list[str]:
-    """A line for each data set whose source is not where the study says, and that is there."""
-    return [
-        f"{where}.path: {dataset['path']}: no such file or folder; {archive} stays in use"
-        for where, dataset in _datasets(study.model_dump(mode="json")).items()
-        if contents.gone(dataset["path"])
-        and (archive := results / "datasets" / f"{dataset['name']}.zip").exists()
-    ]
 
 
 def show(
@@ -791,7 +540,7 @@ def show(
     check_folder(results)
     study = load(config)
     runs = resolve(study)
-    told = check(study, runs, results)
+    told = checks.check(study, runs, results)
     rows = plan(study, results, counting)
     console = Console()
     if not console.is_terminal:
@@ -806,8 +555,8 @@ def show(
     for line in [
         *summary(study, rows, len(uncounted)),
         *told,
-        *missing_files(study, runs, results),
-        *changed_sources(study, results),
-        *kept_archives(study, Path(results)),
+        *checks.missing_files(study, runs, results),
+        *checks.changed_sources(study, results),
+        *checks.kept_archives(study, Path(results)),
     ]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,77 @@
+"""Every default of every setting, beside ``defaults.json``, which holds them as they were.
+
+A run's name leaves defaults out, so an existing default never changes: it would give finished runs
+another meaning under the same name. ``python -m study.spec.defaults`` adds those of new settings.
+"""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from study.files import canonical_json, read_json, write_text
+from study.spec import data, guidance, measuring, scalings, study, targets, training
+from study.spec.backbones import FAMILIES
+from study.spec.formulations import FORMULATIONS
+from study.spec.probes import PROBES
+from study.spec.run import Backbone, Seeds
+from study.spec.samplers import SAMPLERS
+
+KNOWN = Path(__file__).with_suffix(".json")
+
+SECTIONS: dict[str, type[BaseModel]] = {
+    "dataset": data.Dataset,
+    "skip_scaling": scalings.SkipScaling,
+    "target": targets.Target,
+    "training": training.Training,
+    "training.ema": training.Ema,
+    "training.models": training.SplitModel,
+    "seeds": Seeds,
+    "backbone": Backbone,
+    "generation": measuring.Generation,
+    "guidance": guidance.GuidanceOptions,
+    "evaluation": measuring.Evaluation,
+    "grid": study.Grid,
+    "arm": study.Arm,
+    "study": study.Study,
+    **{f"backbone {name}": family.options for name, family in FAMILIES.items()},
+    **{f"formulation {kind}": model for kind, model in FORMULATIONS.items()},
+    **{f"sampler {kind}": model for kind, model in SAMPLERS.items()},
+    **{f"probe {kind}": model for kind, model in PROBES.items()},
+}
+
+
+def now() -> dict[str, dict[str, Any]]:
+    """Today's defaults by section and key, in JSON form; required keys have none."""
+    found = {}
+    for name, model in SECTIONS.items():
+        given = model.model_construct().model_dump(mode="json", warnings=False)
+        optional = [key for key, field in model.model_fields.items() if not field.is_required()]
+        found[name] = {key: given[key] for key in optional}
+    return found
+
+
+@cache
+def changed(*sections: str) -> str:
+    """Defaults of these sections that are not what the file says, as text; none should be."""
+    known, today = read_json(KNOWN), now()
+    found = {
+        (name, key, canonical_json(today[name][key]))
+        for name in sections
+        for key, value in known.get(name, {}).items()
+        if key in today[name] and today[name][key] != value
+    }
+    return repr(sorted(found)) if found else ""
+
+
+def add() -> None:
+    """Add the defaults of new sections and keys to the file; what stands there stays."""
+    known = read_json(KNOWN) if KNOWN.exists() else {}
+    merged = {name: keys | known.get(name, {}) for name, keys in now().items()}
+    write_text(KNOWN, json.dumps(known | merged, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    add()
