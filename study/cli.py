@@ -116,8 +116,10 @@ def convert(
     from study.spec.explain import check
 
     settings = _json(spec, "--spec")
+    if "path" in settings:
+        raise UserError("--spec: path: where a source lies is no setting; give it as --source-path")
     check(DatasetSettings, {"name": settings.get("source"), **settings}, "--spec: ")
-    seen = look(source_path or settings.get("path"), out)
+    seen = look(source_path or None, out)
     summary = run(settings, out, source_path=source_path or None, on_error=on_error)
     remember(seen, out, summary, code)
     print(json.dumps(summary, indent=1, default=str))
@@ -216,7 +218,7 @@ def train(
         )
 
 
-def _take_weights(spec: "Spec", checkpoint: str, data: Path, out: Path, code: str | None) -> None:
+def _take_weights(spec: Any, checkpoint: str, data: Path, out: Path, code: str | None) -> None:
     """Import the weights of a run instead of training it.
 
     A function of its own, so that the importing code is no part of the training code.
@@ -546,6 +548,8 @@ def main() -> None:
     same command goes on later.
     """
     _speak_utf8()
+    if not sys.flags.safe_path:
+        sys.path.append(os.getcwd())  # where a user's own backbone lies
     # The shell leaves the ~ of --option=~/file as it is.
     sys.argv[1:] = [
         HOME.sub(lambda found: (found[1] or "") + os.path.expanduser("~"), word, count=1)

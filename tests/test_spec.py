@@ -1,6 +1,7 @@
 """Settings: names that stay, defaults that never change, what a change makes again."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -110,6 +111,16 @@ def test_a_backbone_of_a_users_own_is_trained_as_the_readme_says(project):
     assert done.returncode == 0, done.stderr
     folders = sorted(path.name[:24] for path in own.folder.glob("results/own/runs/*"))
     assert folders == ["my-unet-myunet-ls-dsm-s0", "my-unet-myunet-none-dsm-"]
+    study_command = Path(sys.executable).with_name("study")  # whose folder is not the project's
+    told = subprocess.run(
+        [study_command, "plan", "--config", "own.yaml"],
+        cwd=own.folder,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    assert "mine" in told.stdout
     # A remark in the file trains nothing again; a statement does.
     file.write_text("# A remark.\n" + python, encoding="utf-8")
     assert not {"train", "generate"} & set(own.todo())
@@ -120,7 +131,10 @@ def test_a_backbone_of_a_users_own_is_trained_as_the_readme_says(project):
 @pytest.mark.parametrize(
     ("family", "message"),
     [
-        ("nowhere.at_all:Net", r"there is no module nowhere\.at_all; put nowhere/at_all\.py into"),
+        (
+            "nowhere.at_all:Net",
+            r"there is no module nowhere\.at_all; put nowhere/at_all\.py beside",
+        ),
         ("unet", r"'unet' is unknown; allowed: uvit, .*, or package\.module:Class"),
     ],
 )
@@ -206,7 +220,14 @@ def digests(folder: Path) -> dict[str, str]:
             '("fd", "kid", "is"), min_length',
             "measured",
         ),
-        # What options do, and what they say.
+        # What options do, and what they say; arithmetic that samplers and formulations share.
+        ("spec/steps.py", "match[1] or 0.02", "match[1] or 0.03", "sampled"),
+        (
+            "spec/formulations.py",
+            "draw noise levels that single",
+            "draw levels that single",
+            "nothing",
+        ),
         ("spec/guidance.py", "self.scale + 1 if", "self.scale + 2 if", "sampled"),
         ("spec/training.py", "Optimiser steps.", "Steps of the optimiser.", "nothing"),
         (
@@ -235,7 +256,7 @@ def test_what_a_change_makes_again(package, file, old, new, changed):
         "both trained": {"edm trained", "vp trained"},
         "measured": {"measured"},
         "report": {"report"},
-        "shown": {"report", "figures", "tables"},
+        "shown": {"report", "figures"},
         "figures": {"report", "figures"},
         "nothing": set(),
     }[changed]

@@ -34,7 +34,7 @@ def build(
     """
     try:
         network = implementation(backbone.row.network)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError) as error:
         raise UserError(f"backbone {backbone.family}: {error}") from None
     try:
         return network.from_options(
@@ -49,5 +49,5 @@ def build(
             dropout=dropout,
             checkpointing=checkpointing,
         )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, AttributeError) as error:
         raise UserError(f"backbone {backbone.family} with {scaling.method}: {error}") from error

@@ -2,7 +2,8 @@
 
 Snakemake sees neither the modules that a job imports nor what in them changed. Each rule therefore
 carries, as a parameter, the digest of the modules that its stage imports, taken over their syntax
-trees: comments, docstrings and layout are not part of it. Nothing is imported to compute it.
+trees: comments, docstrings and layout are not part of it. To compute it nothing of the package is
+imported but what settings are.
 """
 
 import ast
@@ -15,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from study.files import UserError
 from study.spec import defaults
 from study.spec.guidance import GuidanceOptions
 from study.spec.probes import PROBES
@@ -52,6 +54,8 @@ DECLARATIONS = frozenset(
 
 
 def _declared(module: str, exclude: frozenset[str] = DECLARATIONS) -> bool:
+    if module == f"{SPEC}.steps":  # arithmetic, which samplers and formulations use
+        return False
     return module in exclude or f"{module}.".startswith((f"{SPEC}.", f"{LEDGER}."))
 
 
@@ -214,7 +218,7 @@ def _verbs(package: Path = PACKAGE) -> dict[str, tuple[str, ...]]:
 
 def stage(verb: str) -> str:
     """Digest of the code behind ``study <verb>``, for stages whose code is the same in all runs."""
-    shown = repr(SCALINGS) if verb in ("aggregate", "figures", "notebook", "report") else ""
+    shown = repr(SCALINGS) if verb in ("figures", "notebook", "report") else ""
     return _whole(stage_digest(_verbs()[verb]) + shown, ("evaluation",) * (verb == "evaluate"))
 
 
@@ -230,8 +234,9 @@ def conversion(source: str) -> str:
     raise LookupError(f"no SOURCES in {registry}")
 
 
-CHECKS = frozenset(("check", "idle", "problem", "skip_shapes", "no_null_label", "_null_label"))
-"""Methods of options that refuse settings, and change no result of those that are accepted."""
+CHECKS = {"check", "idle", "problem", "skip_shapes", "no_null_label", "_check_splits"}
+TOLD = {"settings", "agrees", "speed_settings", "_dump"}
+"""Methods of options that refuse settings, or tell of them, and change no result."""
 
 
 @cache
@@ -243,11 +248,16 @@ def _function(function: Callable[..., Any]) -> str:
 def _behaviour(model: type) -> tuple[str, ...]:
     """What the properties and methods of a section of a spec do; its fields are in the spec."""
     found = []
+    validators = model.__pydantic_decorators__.model_validators
     for base in model.__mro__:
         for name, member in vars(base).items() if base.__module__.startswith(SPEC) else ():
+            if name in CHECKS | TOLD or name in validators or name.startswith("__"):
+                continue
             function = member.fget if isinstance(member, property) else member
-            if inspect.isfunction(function) and name not in CHECKS:
+            if inspect.isfunction(function):
                 found.append(_function(function))
+            elif name in model.__class_vars__ and isinstance(member, str):
+                found.append(f"{name} = {member!r}")
     return tuple(found)
 
 
@@ -265,7 +275,12 @@ TRAINED = ("dataset", "skip_scaling", "target", "training", "training.ema", "tra
 @cache
 def _file(path: Path | None) -> str:
     """The code of a user's own backbone: of its file, not of what that imports."""
-    return _canonical(ast.parse(path.read_bytes(), filename=str(path))) if path else ""
+    if path is None:
+        return ""
+    try:
+        return _canonical(ast.parse(path.read_bytes(), filename=str(path)))
+    except (SyntaxError, ValueError, OSError) as error:
+        raise UserError(f"{path}: not a module of Python ({error})") from None
 
 
 def _sections(spec: Spec) -> tuple[str, ...]:
@@ -279,10 +294,16 @@ def _network(spec: Spec) -> tuple[tuple[str, ...], frozenset[str], tuple[type, .
     network = [] if own else [spec.backbone.row.module]
     roots = [*network, spec.formulation.implementation.partition(":")[0]]
     stable_target = f"{PACKAGE.name}.diffusion.stf"
-    sections = (type(spec.formulation), type(spec.skip_scaling), type(spec.training))
+    models = (type(spec.formulation), type(spec.skip_scaling), type(spec.training))
     if spec.stable:
-        return (*roots, stable_target), DECLARATIONS, sections
-    return tuple(roots), DECLARATIONS | {stable_target}, sections
+        return (*roots, stable_target), DECLARATIONS, models
+    return tuple(roots), DECLARATIONS | {stable_target}, models
+
+
+def _own(spec: Spec) -> str:
+    """What a run's spec names and does not hold: its scaling's kind of gate, a user's own code."""
+    row = SCALINGS[spec.skip_scaling.method]
+    return repr((row.learned, row.shared, _file(spec.backbone.row.own)))
 
 
 def network(spec: Spec) -> str:
@@ -299,7 +320,7 @@ def training(spec: Spec) -> str:
     modules, exclude, models = _network(spec)
     verb = "import" if spec.checkpoint is not None else "train"
     code = stage_digest((*_verbs()[verb], *modules), exclude)
-    code += _function(Spec.models.fget) + _file(spec.backbone.row.own)
+    code += _function(Spec.models.fget) + _own(spec)
     return _whole(code, _sections(spec), *models)
 
 
@@ -311,7 +332,7 @@ def generation(spec: Spec, sampler: SamplerOptions) -> str:
     walks = sampler.implementation.partition(":")[0]
     code = stage_digest((*_verbs()["generate"], *roots, walks), exclude)
     sections = (*_sections(spec), "generation", "guidance", f"sampler {sampler.kind}")
-    code += _file(spec.backbone.row.own)
+    code += _own(spec)
     return _whole(code, sections, *models, type(sampler), GuidanceOptions)
 
 
@@ -321,15 +342,17 @@ def probe(kind: str, specs: Iterable[Spec]) -> str:
     Other probes, and backbones and formulations that none of the specs has, have no part in it.
     """
     roots, models = {PROBES[kind].implementation.partition(":")[0]}, {PROBES[kind]}
-    sections, files = {f"probe {kind}"}, {""}
+    sections, named = {f"probe {kind}"}, set()
     for spec in specs:
         modules, _, parts = _network(spec)
+        if PROBES[kind].subject == "study":  # it looks at networks, whatever their targets
+            modules = tuple(name for name in modules if not name.endswith(".stf"))
         roots.update(modules)
         models.update(parts)
         sections.update(_sections(spec))
-        files.add(_file(spec.backbone.row.own))
+        named.add(_own(spec))
     code = stage_digest((*_verbs()["probe"], *sorted(roots)), DECLARATIONS)
-    return _whole(code + "".join(sorted(files)), sections, *models)
+    return _whole(code + "".join(sorted(named)), sections, *models)
 
 
 @cache

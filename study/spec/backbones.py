@@ -17,6 +17,8 @@ from study.files import UserError
 from study.spec.base import Model
 from study.spec.scalings import SkipScaling
 
+NO_NULL_LABEL = "the network has no null label; set its option "
+
 
 class BackboneOptions(Model):
     """Options of a backbone; defaults are those of the official constructor."""
@@ -29,12 +31,7 @@ class BackboneOptions(Model):
 
     def no_null_label(self) -> str | None:
         """Why the network, if it has classes, has no label for no class; ``None``: it has one."""
-        has, option = self._null_label()
-        return None if has else f"the network has no null label; set its option {option}"
-
-    def _null_label(self) -> tuple[bool, str]:
-        """Whether there is one, and the option that gives it one."""
-        return True, ""
+        return None
 
     def problem(
         self,
@@ -57,13 +54,13 @@ class BackboneOptions(Model):
         return None
 
 
-# --- U-ViT -------------------------------------------------------------------------------------
-
-
 class OwnOptions(BackboneOptions):
     """Options of a user's own backbone, which its class is given as they are."""
 
     model_config = ConfigDict(extra="allow")
+
+
+# --- U-ViT -------------------------------------------------------------------------------------
 
 
 class UViT(BackboneOptions):
@@ -97,11 +94,7 @@ class UViT(BackboneOptions):
     )
 
     def no_null_label(self) -> str | None:
-        return (
-            None
-            if self.null_label
-            else "the network has no null label; set its option null_label: true"
-        )
+        return None if self.null_label else NO_NULL_LABEL + "null_label: true"
 
     def problem(
         self,
@@ -231,11 +224,7 @@ class UDiT(BackboneOptions):
     down_shortcut: bool = Field(True, description="Add the input to the downsampler's output.")
 
     def no_null_label(self) -> str | None:
-        return (
-            None
-            if self.class_dropout_prob
-            else "the network has no null label; set its option class_dropout_prob above 0"
-        )
+        return None if self.class_dropout_prob else NO_NULL_LABEL + "class_dropout_prob above 0"
 
     def problem(
         self,
@@ -322,11 +311,7 @@ class PatchUNet(BackboneOptions):
     )
 
     def no_null_label(self) -> str | None:
-        return (
-            None
-            if self.classifier_free
-            else "the network has no null label; set its option classifier_free: true"
-        )
+        return None if self.classifier_free else NO_NULL_LABEL + "classifier_free: true"
 
     def problem(
         self,
@@ -568,11 +553,11 @@ def family(name: str) -> Family:
     one = Family(name, OwnOptions)
     try:
         there = one.own is not None
-    except (ImportError, ValueError):
+    except Exception:  # of the packages that it lies in
         there = False
     if not there:
         raise UserError(
-            f"there is no module {one.module}; put {one.module.replace('.', '/')}.py into the "
-            "folder that the study is run in"
+            f"there is no module {one.module}; put {one.module.replace('.', '/')}.py beside the "
+            "Snakefile"
         )
     return one

@@ -136,8 +136,7 @@ def _required_kind(schema: dict[str, Any], kind: str) -> dict[str, Any]:
 class Shorthand(Model):
     """A section that may also be written as text: ``name`` or ``name(number)``.
 
-    ``_key`` is the field that the name fills, ``_numbers`` the field that the number fills, by
-    name.
+    ``_shorthand`` gives the section that such a text stands for.
     """
 
     @classmethod

@@ -16,7 +16,7 @@ from study.spec import data, guidance, measuring, scalings, study, targets, trai
 from study.spec.backbones import FAMILIES
 from study.spec.formulations import FORMULATIONS
 from study.spec.probes import PROBES
-from study.spec.run import Backbone, Seeds
+from study.spec.run import Backbone, Seeds, Untrained
 from study.spec.samplers import SAMPLERS
 
 KNOWN = Path(__file__).with_suffix(".json")
@@ -27,6 +27,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "target": targets.Target,
     "training": training.Training,
     "training.ema": training.Ema,
+    "untrained": Untrained,
     "training.models": training.SplitModel,
     "seeds": Seeds,
     "backbone": Backbone,
@@ -43,6 +44,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
 }
 
 
+@cache
 def now() -> dict[str, dict[str, Any]]:
     """Today's defaults by section and key, in JSON form; required keys have none."""
     found = {}

@@ -97,7 +97,7 @@ def explain(
         ):
             continue  # a list of which no item was valid: the items' own mistakes say why
         key = prefix + ".".join(str(part) for part in where)
-        key = re.sub(r"\.(\d+)", r"[\1]", key) or whole
+        key = re.sub(r"\.(\d+)", r"[\1]", key if where else key.rstrip(".: ")) or whole
         if key.startswith("grid[0]") and not any(o["loc"][:2] == ("grid", 1) for o in details):
             key = "grid" + key.removeprefix("grid[0]")
         value, kind = item["input"], item["type"]

@@ -18,7 +18,7 @@ from study.spec.backbones import BackboneOptions, Family, family
 from study.spec.base import Model
 from study.spec.data import DatasetSettings
 from study.spec.explain import check, explain
-from study.spec.formulations import FORMULATIONS, FormulationOptions
+from study.spec.formulations import Formulation, FormulationOptions
 from study.spec.scalings import SkipScaling
 from study.spec.targets import Target
 from study.spec.training import Training
@@ -40,8 +40,10 @@ class Backbone(Model):
     @classmethod
     def read(cls, content: dict[str, Any]) -> "Backbone":
         """The section that ``content`` describes. Raises ``UserError``."""
+        if not isinstance(content.get("family"), str):
+            raise UserError("spec.backbone.family: missing")
         try:
-            model = family(str(content.get("family"))).options
+            model = family(content["family"]).options
         except UserError as error:
             raise UserError(f"spec.backbone.family: {error}") from None
         options = check(model, content.get("options", {}), "spec.backbone.options.")
@@ -75,8 +77,8 @@ class Untrained(Training):
 class Identity(Model):
     """Weights that are imported: their content where its hash is given, else a name for it."""
 
-    sha256: str | None = None
-    name: str | None = None
+    sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
+    name: str | None = Field(None, min_length=1)
 
     @model_validator(mode="after")
     def _one(self) -> "Identity":
@@ -135,17 +137,13 @@ class Spec(Model):
                 raise UserError(f"spec.{section}: unknown; allowed: {known}")
             if section != "checkpoint" and not isinstance(value, dict):
                 raise UserError(f"spec.{section}: expected an object")
-        kind = content["formulation"].get("kind")
-        if not isinstance(kind, str) or kind not in FORMULATIONS:
-            known = ", ".join(FORMULATIONS)
-            raise UserError(f"spec.formulation: kind {kind!r} is unknown; allowed: {known}")
         imported = content.get("checkpoint") is not None
         return cls(
             dataset=check(DatasetSettings, content["dataset"], "spec.dataset."),
             backbone=Backbone.read(content["backbone"]),
             skip_scaling=check(SkipScaling, content["skip_scaling"], "spec.skip_scaling."),
             target=check(Target, content["target"], "spec.target."),
-            formulation=check(FORMULATIONS[kind], content["formulation"], "spec.formulation."),
+            formulation=check(Formulation, content["formulation"], "spec.formulation."),
             training=check(
                 Untrained if imported else Training, content["training"], "spec.training."
             ),
@@ -168,8 +166,10 @@ class Spec(Model):
 
     def content(self) -> dict[str, Any]:
         """Every setting, in JSON form."""
-        whole = self.model_dump(mode="json")
-        return {key: value for key, value in whole.items() if value is not None}
+        whole = self.model_dump(mode="json", exclude={"checkpoint"})
+        if self.checkpoint is not None:
+            whole["checkpoint"] = self.checkpoint.model_dump(exclude_none=True)
+        return whole
 
     @cached_property
     def chosen(self) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""The options of every sampler and of guidance: names, defaults, ranges, and what they mean.
-
-Light on purpose (no torch): a study's configuration is checked with these models, and a plan counts
-network evaluations with :func:`nfe`.
-"""
+"""The options of every sampler: names, defaults, ranges, and what they mean."""
 
 import math
 import re

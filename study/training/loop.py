@@ -29,6 +29,7 @@ from study.processes import listen, meet, own_environment
 from study.provenance import Stopwatch, provenance
 from study.randomness import generator, seed_of
 from study.spec.run import NetworkTraining, Spec
+from study.spec.training import Training
 from study.training import checkpoint
 from study.training.divergence import Watch
 from study.training.dynamics import Blocks, LossByNoise, SkipObserver, Table
@@ -134,7 +135,7 @@ def _label_drops(network: Backbone) -> int:
     return network.label_drops if getattr(network, "class_dropout_prob", 0) else 0
 
 
-def _optimizer(settings: dict[str, Any], parameters: Any) -> torch.optim.Optimizer:
+def _optimizer(settings: Training, parameters: Any) -> torch.optim.Optimizer:
     kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[settings.optimizer](
         parameters,
@@ -327,7 +328,7 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------
 
-    def _turn(self) -> tuple[dict[str, Any], int]:
+    def _turn(self) -> tuple[NetworkTraining, int]:
         """The model that trains at this step, and how many steps it has had."""
         done = self.step
         for model in self.models[:-1]:
