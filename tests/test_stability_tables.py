@@ -522,7 +522,7 @@ def test_arms_that_differ_in_more_than_their_scaling_have_means_of_their_own():
     assert found["setting"].tolist() == ["target.reference=64", "target.reference=512"]
     assert found["n_pairs"].tolist() == [2, 2]
     words = [arm_words(row, True) for _, row in found.iterrows()]
-    assert words[0] == "cs, STF (target.reference=64)"
+    assert words[0] == "CS, STF (target.reference=64)"
 
 
 def test_a_backbone_that_lost_every_pair_leaves_no_mean():
