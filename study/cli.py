@@ -1,6 +1,6 @@
 """``study <verb>``: one verb per stage. Every stage of the workflow can be run by hand.
 
-Each verb imports its room when it is called; from these imports ``study.ledger.digest`` knows
+Each verb imports its modules when it is called; from these imports ``study.ledger.digest`` knows
 which code a stage depends on.
 """
 
