@@ -13,6 +13,7 @@ from typing import Any
 from study import combinations
 from study.files import UserError, canonical_json
 from study.spec.backbones import FAMILIES, family
+from study.spec.data import Dataset, DatasetSettings
 from study.spec.explain import check, leaves
 from study.spec.formulations import FormulationOptions
 from study.spec.probes import ProbeOptions
@@ -22,7 +23,7 @@ from study.spec.study import Arm, BackboneEntry, Checkpoint, Grid, Study
 from study.spec.targets import Target
 from study.spec.training import SplitModel, Training
 
-NOT_SETTINGS = {"path", "on_error", "note"}
+NOT_SETTINGS = set(Dataset.model_fields) - set(DatasetSettings.model_fields)
 """Keys of the data set that say where it lies or what to print, not what it is."""
 
 

@@ -432,6 +432,18 @@ IDLE = [
 ]
 
 
+@pytest.mark.parametrize(
+    ("key", "text", "why"),
+    [
+        ("skip_scaling", "ls(0.7)", "only cs takes a number, as in cs(0.7)"),
+        ("target", "dsm(64)", "only stf takes a number, as in stf(1024)"),
+    ],
+)
+def test_a_number_where_none_belongs_is_told_once(key, text, why):
+    said = told({**base(), **grid(**{key: [text]})})
+    assert said == f'grid.{key}[0]: {why}; got "{text}"'
+
+
 @pytest.mark.parametrize(("change", "words"), IDLE, ids=[words for _, words in IDLE])
 def test_a_key_that_cannot_act_is_refused(change, words):
     assert words in told({**base(), **change})

@@ -60,7 +60,7 @@ class SkipScaling(Shorthand):
             return {"method": method}
         keys = SCALINGS[method].keys if method in SCALINGS else ()
         if not keys:
-            raise ValueError(f"only cs takes a number, as in cs(0.7); got {text!r}")
+            raise ValueError("only cs takes a number, as in cs(0.7)")
         return {"method": method, keys[0]: number(argument, method, float)}
 
     @model_validator(mode="before")

@@ -27,7 +27,7 @@ class Target(Shorthand):
         if argument is None:
             return {"kind": kind}
         if kind != "stf":
-            raise ValueError(f"only stf takes a number, as in stf(1024); got {text!r}")
+            raise ValueError("only stf takes a number, as in stf(1024)")
         return {"kind": kind, "reference": int(number(argument, kind, int))}
 
     @model_validator(mode="after")
