@@ -229,8 +229,12 @@ def _training(study: Study, arm: _Arm, entry: dict[str, Any]) -> Training:
         raise UserError("\n".join(lines)) from None
 
 
-def _plain_models(training: Training, parts: int) -> Training:
-    """The training without what its ``models`` repeat; they are empty if they say nothing new."""
+def _plain_training(spec: Spec) -> Training:
+    """The training without what its keys repeat.
+
+    ``models`` are empty and ``snapshots`` none if they say nothing new.
+    """
+    training = spec.training
     listed = tuple(
         model.model_copy(
             update={
@@ -241,8 +245,10 @@ def _plain_models(training: Training, parts: int) -> Training:
         )
         for model in training.models
     )
-    same = tuple(SplitModel(split=split) for split in range(parts))
-    return training.model_copy(update={"models": () if listed == same else listed})
+    same = tuple(SplitModel(split=split) for split in range(len(spec.formulation.parts)))
+    kept = training.snapshots and training.snapshots.within(spec.steps)
+    plain = {"models": () if listed == same else listed, "snapshots": kept}
+    return training.model_copy(update=plain)
 
 
 class _Names:
@@ -345,9 +351,8 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
             kept = {key: getattr(spec.training, key) for key in KEPT}
             imported = {"training": Untrained(**kept), "checkpoint": arm.checkpoint.identity}
             spec = spec.model_copy(update=imported)
-        elif spec.training.models:
-            plain = _plain_models(spec.training, len(spec.formulation.parts))
-            spec = spec.model_copy(update={"training": plain})
+        else:
+            spec = spec.model_copy(update={"training": _plain_training(spec)})
         axes = {
             "backbone": arm.backbone + (f"({_short(arm.options)})" if arm.options else ""),
             "skip_scaling": str(scaling),

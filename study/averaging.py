@@ -35,18 +35,21 @@ def initial_share(settings: Ema, batch: int, steps: int) -> float:
     return share
 
 
-def remark(spec: Spec) -> str:
-    """What to say of the averaged weights of a run: empty where the average has begun.
+def remark(spec: Spec, which: str = "ema", step: int | None = None) -> str:
+    """What to say of a run's average called ``which`` at ``step`` (``None``: the last).
 
-    The networks of a split formulation are averaged each over its own steps.
+    Empty where it has begun, and for ``raw`` and imported weights. The networks of a split
+    formulation are averaged each over its own steps.
     """
-    training = spec.training
-    shares = [
-        initial_share(training.ema, training.batch, model.steps)
-        for model in spec.models
-        if model.steps > 0
-    ]
-    share = max(shares, default=0.0)
-    if spec.checkpoint is not None or share < BEGUN:
+    settings = spec.training.averages.get(which)
+    if settings is None or spec.checkpoint is not None:
         return ""
-    return f"the average still holds {100 * share:.0f} % of the initial weights"
+    left, share = spec.steps if step is None else step, 0.0
+    for model in spec.models:
+        done = min(left, model.steps)
+        left -= done
+        share = max(share, initial_share(settings, spec.training.batch, done))
+    if share < BEGUN:
+        return ""
+    name = "the average" if which == "ema" else f"the average {which}"
+    return f"{name} still holds {100 * share:.0f} % of the initial weights"

@@ -67,6 +67,7 @@ def _check_training(arm: "_Arm", spec: Spec) -> None:
                     f"{arm.where}: training.warmup: {model.warmup} steps of warm-up in a training "
                     f"of {model.steps} never come to the learning rate; take fewer"
                 )
+        _check_snapshots(arm, spec)
     if training.dropout and not options.has_dropout:
         raise UserError(
             f"{arm.where}: training.dropout: {family} has none; set it under "
@@ -88,6 +89,15 @@ def _check_training(arm: "_Arm", spec: Spec) -> None:
         raise UserError(
             f"{arm.where}: training.augment needs a network that takes augmentation labels "
             f"({takers}), not {family}"
+        )
+
+
+def _check_snapshots(arm: "_Arm", spec: Spec) -> None:
+    kept = spec.training.snapshots
+    if kept is not None and kept.at is not None and kept.at[-1] > spec.steps:
+        raise UserError(
+            f"{arm.where}: training.snapshots: step {kept.at[-1]} is beyond the end of a training "
+            f"of {spec.steps} steps; take at most that many"
         )
 
 

@@ -71,17 +71,88 @@ def test_a_name_is_that_of_the_settings_however_they_are_written():
             assert (again, again.name, again.key) == (spec, spec.name, spec.key)
 
 
+def trained(**training) -> Spec:
+    content = base() | {"grid": {"backbone": ["uvit"]}}
+    content["training"] = content["training"] | training
+    return next(iter(runs(load(content)).values())).spec
+
+
+DEFAULT = {"rate": 0.9999, "rampup": 0.05}
+SLOW = {"halflife": 1000.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "same", "kept", "averages"),
+    [
+        ({"snapshots": 4}, {"snapshots": {"every": 4, "raw": False}}, (4, 8, 10), ("ema",)),
+        ({"snapshots": [8, 0]}, {"snapshots": {"at": [0, 8]}}, (0, 8, 10), ("ema",)),
+        ({"snapshots": [4, 10]}, {"snapshots": [4]}, (4, 10), ("ema",)),  # the last has one anyway
+        ({"snapshots": {"at": [10], "raw": True}}, {}, (10,), ("ema",)),
+        ({"snapshots": 10}, {}, (10,), ("ema",)),
+        ({"ema": [DEFAULT]}, {}, (10,), ("ema",)),
+        ({"ema": [SLOW]}, {"ema": SLOW}, (10,), ("ema",)),
+        ({"ema": [SLOW, DEFAULT]}, {"ema": [SLOW, DEFAULT]}, (10,), ("ema", "ema2")),
+    ],
+)
+def test_equal_settings_have_one_name_however_they_are_written(settings, same, kept, averages):
+    spec = trained(**settings)
+    assert spec.name == trained(**same).name
+    assert Spec.read(spec.content()) == Spec.read(spec.chosen) == spec
+    assert (spec.snapshots, spec.averages) == (kept, averages)
+
+
+def test_other_snapshots_and_averages_have_other_names():
+    given = [{}, {"snapshots": 4}, {"snapshots": {"every": 4, "raw": True}}, {"snapshots": [4]}]
+    given += [{"ema": SLOW}, {"ema": [SLOW, DEFAULT]}, {"ema": [DEFAULT, SLOW]}]
+    assert len({trained(**one).name for one in given}) == len(given)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"snapshots": [4, 2, 4]}, r"training\.snapshots: step 4 is there twice"),
+        ({"snapshots": {"raw": True}}, r"training\.snapshots: give either every or at"),
+        ({"snapshots": {"every": 2, "at": [3]}}, r"training\.snapshots: give either every or at"),
+        (
+            {"snapshots": {"evry": 2}},
+            r"training\.snapshots\.evry: unknown key; did you mean 'every'",
+        ),
+        ({"snapshots": "4"}, r"training\.snapshots: '4' is text"),
+        (
+            {"snapshots": [4, 11]},
+            r"training\.snapshots: step 11 is beyond the end of .* of 10 steps",
+        ),
+        ({"ema": [SLOW, DEFAULT, SLOW]}, r"training\.ema: entries 0 and 2 are the same average"),
+        ({"ema": []}, r"training\.ema: .* at least 1 item"),
+        ({"ema": [SLOW, {"rte": 1}]}, r"training\.ema\[1\]\.rte: unknown key; did you mean 'rate'"),
+    ],
+)
+def test_mistakes_about_snapshots_and_averages_are_one_line(settings, message):
+    with pytest.raises(UserError, match=message) as told:
+        trained(**settings)
+    assert len(str(told.value).splitlines()) == 1
+
+
 def test_a_longer_training_is_of_the_same_lineage_and_no_other_change_is():
     spec = pinned()[0]
     longer = spec.changed(training={"steps": 20})
     assert longer.name != spec.name
     assert longer.lineage == spec.lineage
+    assert longer.changed(training={"snapshots": {"every": 5}}).lineage == spec.lineage
     for section, change in (
         ("training", {"lr": 2e-3}),
+        ("training", {"ema": [DEFAULT, SLOW]}),
         ("seeds", {"noise": 1}),
         ("skip_scaling", {"method": "ls"}),
     ):
         assert spec.changed(**{section: change}).lineage != spec.lineage
+
+
+def test_networks_trained_one_after_another_know_the_end():
+    content = base() | {"formulation": {"kind": "ddpm", "splits": [0.25]}}
+    spec = next(iter(runs(load(content)).values())).spec
+    assert spec.changed(training={"steps": 20}).lineage != spec.lineage
+    assert spec.changed(training={"snapshots": {"at": [3]}}).lineage == spec.lineage
 
 
 def test_a_copy_with_other_settings_has_another_name():

@@ -303,6 +303,14 @@ def test_what_an_average_holds_of_the_start_is_the_product_of_its_decays(ema, sh
     assert bool(text) == (initial_share(average, 16, 400) >= BEGUN)
 
 
+def test_a_remark_is_of_one_average_at_one_step():
+    one = spec(steps=400, batch=16, ema=[{"rate": 0.9999, "rampup": 0.05}, {"rate": 0.99}])
+    assert remark(one) == remark(one, "raw") == ""
+    assert remark(one, "ema2") == "the average ema2 still holds 2 % of the initial weights"
+    assert remark(one, "ema2", 50) == "the average ema2 still holds 61 % of the initial weights"
+    assert remark(one, step=0) == "the average still holds 100 % of the initial weights"
+
+
 def test_models_of_splits_are_averaged_over_their_own_steps():
     content = base()
     content["formulation"] = {"kind": "ddpm", "splits": [1.0]}
@@ -310,6 +318,9 @@ def test_models_of_splits_are_averaged_over_their_own_steps():
     content["training"] |= {"ema": {"rate": 0.99}, "models": lists}
     one = next(iter(runs(load(content)).values())).spec
     assert remark(one) == "the average still holds 82 % of the initial weights"
+    # At step 120 the first has had its 20 steps, and the other 100.
+    assert remark(one, step=120) == "the average still holds 82 % of the initial weights"
+    assert remark(one, step=10) == "the average still holds 100 % of the initial weights"
     imported = one.model_copy(update={"checkpoint": Identity(name="theirs")})
     assert remark(imported) == ""
 

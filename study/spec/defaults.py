@@ -27,6 +27,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "target": targets.Target,
     "training": training.Training,
     "training.ema": training.Ema,
+    "training.snapshots": training.Snapshots,
     "untrained": Untrained,
     "training.models": training.SplitModel,
     "seeds": Seeds,

@@ -44,7 +44,8 @@ def _siblings(model: Any, place: tuple[Any, ...]) -> list[str]:
     found = _models(model)
     for part in place[:-1]:
         if str(part).startswith("<"):
-            found = [one for one in found if f"<{one.model_fields['kind'].default}>" == part]
+            kinds = [one for one in found if "kind" in one.model_fields]
+            found = [k for k in kinds if f"<{k.model_fields['kind'].default}>" == part] or found
         elif found and part in found[0].model_fields:
             found = _models(found[0].model_fields[part].annotation) or found
     return list(found[0].model_fields) if found else []

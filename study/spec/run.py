@@ -183,8 +183,13 @@ class Spec(Model):
 
     @property
     def lineage(self) -> str:
-        """The key of all runs that differ only in how long they train."""
-        training = {k: v for k, v in self.chosen["training"].items() if k != "steps"}
+        """The key of all runs that differ only in how long they train, and in what they keep.
+
+        Of several networks that are trained one after another the later ones begin where the
+        earlier end, so theirs includes the steps.
+        """
+        left_out = {"snapshots"} if len(self.models) > 1 else {"snapshots", "steps"}
+        training = {k: v for k, v in self.chosen["training"].items() if k not in left_out}
         return canonical_json({**self.chosen, "training": training})
 
     @property
@@ -225,6 +230,16 @@ class Spec(Model):
     def steps(self) -> int:
         """Optimiser steps, over all of its networks."""
         return sum(model.steps for model in self.models)
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """The steps whose weights are kept, in order; the last step is the last of them."""
+        return self.training.kept(self.steps)
+
+    @property
+    def averages(self) -> tuple[str, ...]:
+        """What the averages of the weights are called, which every kept step has."""
+        return tuple(self.training.averages)
 
     @property
     def unsupported(self) -> str | None:

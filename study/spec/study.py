@@ -43,7 +43,9 @@ class Machine(Model):
         None, ge=1, description="Images at a time per process; null = the whole share."
     )
     checkpointing: bool = Field(False, description="Recompute activations to save memory.")
-    log_every: int | None = Field(None, ge=1, description="Steps per log row; null = 100 rows.")
+    log_every: int | None = Field(
+        None, ge=1, description="Steps per log row; null = the power of two with 100 to 200 rows."
+    )
     save_every: float = Field(60.0, gt=0, description="Seconds between checkpoints.")
     resident_mib: int = Field(4096, ge=0, description="Keep data sets up to this size in memory.")
 

@@ -1,8 +1,9 @@
 """How an arm is trained."""
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from study.spec.base import Model
 
@@ -35,6 +36,75 @@ class Ema(Model):
         return self
 
 
+def _how_written(value: Any) -> str:
+    """Which of the forms of a setting this is: a mapping, a list, or a number."""
+    if isinstance(value, list | tuple):
+        return "<list>"
+    return "<mapping>" if isinstance(value, Mapping | Model) else "<number>"
+
+
+def _distinct(averages: tuple[Ema, ...]) -> Ema | tuple[Ema, ...]:
+    for number, one in enumerate(averages):
+        if one in averages[:number]:
+            raise ValueError(f"entries {averages.index(one)} and {number} are the same average")
+    return averages if len(averages) > 1 else averages[0]
+
+
+Averages = Annotated[
+    Annotated[Ema, Tag("<mapping>")]
+    | Annotated[tuple[Ema, ...], Field(min_length=1), AfterValidator(_distinct), Tag("<list>")],
+    Discriminator(lambda value: "<list>" if _how_written(value) == "<list>" else "<mapping>"),
+]
+"""One average, or several; a list of one is that one."""
+
+
+def _in_order(steps: tuple[int, ...]) -> tuple[int, ...]:
+    for number, step in enumerate(steps):
+        if step in steps[:number]:
+            raise ValueError(f"step {step} is there twice")
+    return tuple(sorted(steps))
+
+
+Steps = Annotated[
+    tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_in_order)
+]
+
+
+class Snapshots(Model):
+    """Which steps before the last keep their weights; the last step always does."""
+
+    every: int | None = Field(None, ge=1, description="Every so many steps.")
+    at: Steps | None = Field(None, description="These steps; 0 = the weights at initialisation.")
+    raw: bool = Field(False, description="Keep the weights themselves beside their averages.")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Snapshots":
+        if (self.every is None) == (self.at is None):
+            raise ValueError("give either every or at")
+        return self
+
+    def before(self, end: int) -> tuple[int, ...]:
+        """The kept steps below ``end``, in order."""
+        if self.every is not None:
+            return tuple(range(self.every, end, self.every))
+        return tuple(step for step in self.at if step < end)
+
+    def within(self, end: int) -> "Snapshots | None":
+        """The same without the last step, which is kept anyway; ``None`` if nothing is left."""
+        if not self.before(end):
+            return None
+        return self if self.at is None else Snapshots(at=self.before(end), raw=self.raw)
+
+
+Kept = Annotated[
+    Annotated[int, Field(ge=1), AfterValidator(lambda n: Snapshots(every=n)), Tag("<number>")]
+    | Annotated[Steps, AfterValidator(lambda steps: Snapshots(at=steps)), Tag("<list>")]
+    | Annotated[Snapshots, Tag("<mapping>")],
+    Discriminator(_how_written),
+]
+"""Snapshots: every so many steps, a list of steps, or a mapping."""
+
+
 class SplitModel(Model):
     """One of the models that share the noise levels: its split and what differs in training."""
 
@@ -62,10 +132,16 @@ class Training(Model):
     eps: float = Field(1e-8, gt=0, description="Adam's epsilon.")
     weight_decay: float = Field(0.0, ge=0, description="Decoupled with adamw, L2 with adam.")
     warmup: int = Field(0, ge=0, description="Steps of linear warm-up from 0.")
-    ema: Ema = Field(
+    ema: Averages = Field(
         Ema(rate=0.9999, rampup=0.05),
         description="Average of the weights: {rate: 0.9999} is fixed, as published; the default "
-        "ramps up, so that it has begun in short trainings too.",
+        "ramps up, so that it has begun in short trainings too. Of a list the first is called "
+        "ema, the others ema2, ema3, ...",
+    )
+    snapshots: Kept | None = Field(
+        None,
+        description="Steps that keep their averages beside the last one's: every so many steps, a "
+        "list, or {every | at, raw: true} to keep the weights themselves as well.",
     )
     clip: float | None = Field(None, gt=0, description="Largest gradient norm; null = no clipping.")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout, where the backbone has one.")
@@ -92,6 +168,18 @@ class Training(Model):
         description="With formulation.splits: the models of an arm in the order in which they are "
         "trained, one after another; empty = all with the same settings.",
     )
+
+    @property
+    def averages(self) -> dict[str, Ema]:
+        """The averages by what they are called: ``ema``, ``ema2``, ..."""
+        listed = self.ema if isinstance(self.ema, tuple) else (self.ema,)
+        return {
+            f"ema{number}" if number > 1 else "ema": one for number, one in enumerate(listed, 1)
+        }
+
+    def kept(self, end: int) -> tuple[int, ...]:
+        """The steps whose weights are kept, in order, of a training with ``end`` steps."""
+        return (*(self.snapshots.before(end) if self.snapshots else ()), end)
 
 
 SeedNumber = Annotated[int, Field(ge=0)]
