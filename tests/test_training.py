@@ -17,12 +17,14 @@ from safetensors.torch import load_file
 
 from study.arms import runs
 from study.averaging import BEGUN, decay, initial_share, remark
+from study.data import Archive, order
 from study.data.convert import convert
 from study.files import UserError, read_json
 from study.spec.run import Identity
 from study.spec.study import load
 from study.spec.training import Ema as Average
 from study.training import Interrupted, checkpoint, train
+from study.training.batches import Batches
 from study.training.divergence import Watch
 from study.training.ema import Ema
 
@@ -228,6 +230,34 @@ def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
     ]
     losses = [table[table.quantity == "loss"].value.to_numpy() for table in log]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+class Recording(Archive):
+    """An archive that notes which entries it was asked for."""
+
+    def images(self, indices=None):
+        self.asked = [] if indices is None else list(indices)
+        return super().images(indices)
+
+
+@pytest.mark.parametrize("target", ["dsm", "stf(16)"])
+@pytest.mark.parametrize("augment", [0.0, 0.5])
+def test_a_process_draws_its_rows_of_the_batch(data, target, augment):
+    one = spec(target, flip=True, conditional=True, label_dropout=0.5)
+    one = one.changed(training={"augment": augment})
+    archive, device = Recording(data), torch.device("cpu")
+    whole = Batches(archive, one, device, slice(0, 8), False, 2)(3)
+    for rows in (slice(0, 4), slice(4, 8)):
+        part = Batches(archive, one, device, rows, False, 2)(3)
+        stable = part.pop("stable")
+        if target == "dsm":
+            assert archive.asked == order(0, 24, 8, 64)[rows].tolist()
+        else:
+            assert torch.equal(stable.reference, whole["stable"].reference)
+        assert part["labels"] is not None
+        assert (part["augment_labels"] is not None) == bool(augment)
+        for key, value in part.items():
+            assert value is whole[key] is None or torch.equal(value, whole[key][rows]), key
 
 
 def test_divergence_is_a_result(tmp_path, data):

@@ -20,17 +20,17 @@ from tqdm import tqdm
 
 from study.averaging import decay
 from study.backbones.base import Backbone, check_attention
-from study.data import Archive, order, reference_indices
+from study.data import Archive
 from study.diffusion import formulations
-from study.diffusion.stf import StableTarget, reference_batch
 from study.files import Stopped, UserError, atomic, sha256, write_json
 from study.network import SplitNetwork, arithmetic, build_network, networks_of
 from study.processes import listen, meet, own_environment
 from study.provenance import Stopwatch, provenance
-from study.randomness import generator, seed_of
+from study.randomness import seed_of
 from study.spec.run import NetworkTraining, Spec
 from study.spec.training import Training
 from study.training import checkpoint
+from study.training.batches import Batches
 from study.training.divergence import Watch
 from study.training.dynamics import Blocks, LossByNoise, SkipObserver, Table
 from study.training.ema import Ema
@@ -52,82 +52,6 @@ class _Signals:
 
     def _note(self, number: int, _frame: object) -> None:
         self.received = signal.Signals(number).name
-
-
-class _Batches:
-    """The batch of any step: the process's share of the training images, and the reference."""
-
-    def __init__(
-        self,
-        archive: Archive,
-        spec: Spec,
-        device: torch.device,
-        share: slice,
-        uniform: bool,
-        label_drops: int = 0,
-    ) -> None:
-        self.archive, self.device, self.share, self.uniform = archive, device, share, uniform
-        self.label_drops = label_drops
-        self.settings, self.target, self.seeds = spec.training, spec.target, spec.seeds
-        self.batch = self.settings.batch
-        self.augmentation = None
-        if self.settings.augment:
-            from study.diffusion.augmentation import Augmentation
-
-            self.augmentation = Augmentation(self.settings.augment)
-
-    def _load(self, indices: Any, step: int, part: str) -> tuple[Tensor, Tensor | None]:
-        draw = None
-        if getattr(self.archive, "moments", False):
-            noise = generator(self.seeds.data, "latent", part, step)
-            shape = (len(indices), self.archive.channels, *[self.archive.resolution] * 2)
-            draw = torch.randn(shape, generator=noise)
-        images, labels = self.archive.batch(indices, draw)
-        if self.settings.flip:
-            flips = torch.rand(len(images), generator=generator(self.seeds.data, part, step))
-            images = torch.where((flips < 0.5)[:, None, None, None], images.flip(3), images)
-        return images, labels
-
-    def _augment(self, images: Tensor, step: int, part: str) -> tuple[Tensor, Tensor | None]:
-        if self.augmentation is None:
-            return images, None
-        seeds = [seed_of(self.seeds.data, "augment", part, step, i) for i in range(len(images))]
-        return self.augmentation(images.to(self.device), seeds)
-
-    def __call__(self, step: int) -> dict[str, Any]:
-        """Images, labels, draws and noise of the process's share, and the whole reference."""
-        indices = order(self.seeds.data, step * self.batch, self.batch, len(self.archive))
-        images, labels = self._load(indices, step, "flip")
-        images, augment_labels = self._augment(images, step, "batch")
-        if not self.settings.conditional:
-            labels = None
-        elif self.settings.label_dropout:
-            drop = torch.rand(self.batch, generator=generator(self.seeds.noise, "drop", step))
-            null = torch.full_like(labels, self.archive.num_classes)
-            labels = torch.where(drop < self.settings.label_dropout, null, labels)
-        levels = generator(self.seeds.noise, "level", step)
-        draws = (torch.rand if self.uniform else torch.randn)(self.batch, generator=levels)
-        noise = torch.randn(images.shape, generator=generator(self.seeds.noise, "noise", step))
-        stable = None
-        if self.target.kind == "stf":
-            count = self.target.reference - self.batch
-            rest = reference_indices(
-                self.seeds.data, step, count, len(self.archive), exclude=indices
-            )
-            others, _ = self._load(rest, step, "reference")
-            others, _ = self._augment(others, step, "reference")
-            stable = StableTarget(reference_batch(images, others).to(self.device))
-        share = {"images": images, "labels": labels, "draws": draws, "noise": noise}
-        share["augment_labels"] = augment_labels
-        share["label_drops"] = None
-        if labels is not None and self.label_drops:
-            drops = generator(self.seeds.noise, "label drops", step)
-            share["label_drops"] = torch.rand(self.batch, self.label_drops, generator=drops)
-        moved = {
-            key: None if value is None else value[self.share].to(self.device, non_blocking=True)
-            for key, value in share.items()
-        }
-        return {**moved, "stable": stable}
 
 
 def _label_drops(network: Backbone) -> int:
@@ -251,7 +175,7 @@ class Trainer:
         self.steps = spec.steps
         self.log_every = machine.get("log_every") or max(1, self.steps // 100)
         share = _share(self.settings.batch, self.accelerator)
-        self.batches = _Batches(
+        self.batches = Batches(
             archive,
             spec,
             self.device,
