@@ -14,9 +14,7 @@ from study.diffusion.split import SplitDenoiser
 from study.files import UserError, read_object
 from study.network import networks_of
 from study.spec.run import Spec
-
-WEIGHTS = {"ema": "weights.safetensors", "raw": "raw.safetensors"}
-"""Files in a run's ``train/``: the averaged weights, and those of the last step."""
+from study.weights import LAST, snapshot
 
 
 class BrokenWeights(UserError):
@@ -33,24 +31,55 @@ def read_status(train: str | Path) -> dict[str, Any]:
     return status
 
 
-def weights_file(train: str | Path, which: str = "ema") -> Path:
-    """The file of the averaged (``ema``) or last (``raw``) weights of the run in ``train``.
+def weights_file(train: str | Path, which: str = "ema", step: int | None = None) -> Path:
+    """The file of a run's weights after ``step`` steps (``None``: as many as it was trained).
 
-    Raises ``UserError`` where it is missing.
+    ``which``: an average, by its name in ``Spec.averages``, or ``raw``; ``train`` is the run's
+    folder of that name. Raises ``UserError`` where it is missing, which says how to get it.
     """
-    path = Path(train) / WEIGHTS[which]
+    train = Path(train)
+    path = train / LAST[which] if step is None and which in LAST else None
+    if path is None:
+        status = read_status(train)
+        last = status["step"]
+        path = snapshot(train, which, last if step is None else step)
+        if step == last and which in LAST and not path.exists():
+            path = train / LAST[which]
+        if not path.exists() and path.name not in _kept(status):
+            raise UserError(f"{path}: {_not_kept(status, which, step)}")
     if not path.exists():
         raise UserError(f"{path}: missing; train the run again (delete {train})")
     return path
 
 
-def load_weights(network: Backbone, train: str | Path, which: str = "ema") -> Path:
-    """Load the weights of the run in ``train``; returns their file.
+def _kept(status: dict[str, Any]) -> set[str]:
+    """Names of the files that a training says it has kept, and of those of the last step."""
+    listed = status.get("snapshots", {}).items()
+    names = {snapshot("", which, int(step)).name for step, files in listed for which in files}
+    return names | set(LAST.values())
+
+
+def _not_kept(status: dict[str, Any], which: str, step: int | None) -> str:
+    """Why a run has no such weights, and how to get them."""
+    spec = Spec.read(status["spec"])
+    if which not in (*spec.averages, "raw"):
+        return f"the run has {', '.join((*spec.averages, 'raw'))}; training.ema lists averages"
+    if step is not None and step > status["step"]:
+        how = "diverged at" if status["status"] == "diverged" else "was trained to"
+        return f"the run {how} step {status['step']}; take an earlier one"
+    wanted = f"{{at: [{step}], raw: true}}" if which == "raw" else f"[{step}]"
+    return f"not kept; train with training.snapshots: {wanted}"
+
+
+def load_weights(
+    network: Backbone, train: str | Path, which: str = "ema", step: int | None = None
+) -> Path:
+    """Load the weights of the run in ``train`` (see ``weights_file``); returns their file.
 
     Raises ``UserError`` where it is missing or does not fit, ``BrokenWeights`` where a weight is
     not finite.
     """
-    path = weights_file(train, which)
+    path = weights_file(train, which, step)
     with bounded.reading(path, "a file of weights"):
         weights = tensors.read_safetensors(path)
     try:

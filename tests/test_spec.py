@@ -314,7 +314,7 @@ def digests(folder: Path) -> dict[str, str]:
         ("analysis/figures/quality.py", '    """', '    """A caption. ', "figures"),
         ("spec/scalings.py", '"1/√2"', '"1/sqrt 2"', "shown"),
         # Remarks, layout, and code of other rooms.
-        ("training/loop.py", "class Trainer:", "# A remark.\nclass  Trainer:", "nothing"),
+        ("training/trainer.py", "class Trainer:", "# A remark.\nclass  Trainer:", "nothing"),
         ("parity/case.py", "import ", "import json as unused\nimport ", "nothing"),
         ("ledger/plan.py", "import ", "import json as unused\nimport ", "nothing"),
     ],

@@ -283,6 +283,7 @@ def _write(
         },
         "weights_sha256": sha256(out / "weights.safetensors"),
         "raw_sha256": sha256(out / "raw.safetensors"),
+        "snapshots": {},
         "provenance": provenance("cpu"),
     }
     write_json(out / "status.json", status)

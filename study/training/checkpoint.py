@@ -1,4 +1,7 @@
-"""Resumable state of a run, in a folder that the workflow does not own."""
+"""Resumable state of a run, in a folder that the workflow does not own.
+
+Its ``identity`` (spec, lineage, code, data) says whose it is.
+"""
 
 import os
 from contextlib import suppress
@@ -8,20 +11,35 @@ from typing import Any
 import torch
 
 from study import tensors
-from study.files import UserError, atomic, canonical_json
+from study.files import UserError, atomic, canonical_json, write_json
 
 NAME = "checkpoint.pt"
 ASIDE = "checkpoint.*.pt"
+NOTE = "lineage.json"
+"""Of which lineage a checkpoint is, and at which step; small, for other runs to look at."""
+
+PARTS = {
+    *("step", "seconds", "model", "averages", "optimizer", "scaler", "watch"),
+    *("log", "timing", "snapshots"),
+}
+"""What a checkpoint holds beside the identity."""
 
 
 def save(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors and plain containers) atomically."""
+    """Write ``state`` (tensors and plain containers, among them ``step``) atomically."""
     with atomic(folder / NAME) as temporary:
         torch.save({"identity": canonical_json(identity), **state}, temporary)
+    lineage = {key: value for key, value in identity.items() if key != "spec"}
+    write_json(folder / NOTE, {**lineage, "step": state["step"]})
+
+
+def related(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two identities are of one lineage, code and data."""
+    return all(key in one and one[key] == other[key] for key in ("lineage", "code", "data"))
 
 
 def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """The saved state if there is one of the same ``identity`` (spec, code, data), else ``None``.
+    """The saved state if there is one of the same ``identity``, else ``None``.
 
     A checkpoint of another identity is set aside as ``checkpoint.<n>.pt``, and taken back when its
     identity is asked for again; only the newest of those set aside is kept. Only tensors and plain
@@ -29,13 +47,13 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     """
     path, wanted = folder / NAME, canonical_json(identity)
     if path.exists():
-        state = _read(path)
+        state = read(path)
         if state.pop("identity") == wanted:
             return state
     state, found = None, None
     for aside in folder.glob(ASIDE):
         with suppress(UserError):
-            state = _read(aside)
+            state = read(aside)
             if state.pop("identity") == wanted:
                 found = aside
                 break
@@ -57,7 +75,8 @@ def load(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     return state if found is not None else None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds. Raises ``UserError`` where it is none, or damaged."""
     try:
         state = tensors.read_weights(path, "a checkpoint")
     except UserError as error:

@@ -154,7 +154,7 @@ class Blocks:
 
 
 class LossByNoise:
-    """Mean loss by noise level since the last row, over all samples of all steps."""
+    """Sums of losses by noise level, and how many there are."""
 
     def __init__(self) -> None:
         self.sums = torch.zeros(len(BINS), dtype=torch.float64)
@@ -166,11 +166,3 @@ class LossByNoise:
         bins = torch.bucketize(sigma.double(), self._edges)
         self.sums.index_add_(0, bins, loss.double())
         self.counts.index_add_(0, bins, torch.ones_like(loss, dtype=torch.float64))
-
-    def log(self, table: Table, step: int) -> None:
-        """Append the mean of every bin that has samples, and start anew."""
-        for name, total, count in zip(BINS, self.sums, self.counts, strict=True):
-            if count > 0:
-                table.add(step, "loss_by_noise", (total / count).item(), name)
-        self.sums.zero_()
-        self.counts.zero_()
