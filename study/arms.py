@@ -246,8 +246,10 @@ def _plain_training(spec: Spec) -> Training:
         for model in training.models
     )
     same = tuple(SplitModel(split=split) for split in range(len(spec.formulation.parts)))
-    kept = training.snapshots and training.snapshots.within(spec.steps)
-    plain = {"models": () if listed == same else listed, "snapshots": kept}
+    kept, earlier = training.snapshots, training.kept(spec.steps)[:-1]
+    if kept is not None and kept.at is not None:
+        kept = kept.model_copy(update={"at": earlier})
+    plain = {"models": () if listed == same else listed, "snapshots": kept if earlier else None}
     return training.model_copy(update=plain)
 
 

@@ -314,6 +314,8 @@ def test_other_code_data_and_places_do_not_go_on(tmp_path, data, capsys):
     run(tmp_path, data, spec())
     run(tmp_path, data, longer, code="2")
     shutil.rmtree(tmp_path / "a/runs" / longer.name)
+    run(tmp_path, data, spec(), "untold", code=None)
+    run(tmp_path, data, longer, "untold", code=None)
     fewer = tmp_path / "fewer.zip"
     convert({"name": "digits", "source": "digits", "max_images": 32}, fewer)
     run(tmp_path, fewer, longer)

@@ -83,18 +83,6 @@ class Snapshots(Model):
             raise ValueError("give either every or at")
         return self
 
-    def before(self, end: int) -> tuple[int, ...]:
-        """The kept steps below ``end``, in order."""
-        if self.every is not None:
-            return tuple(range(self.every, end, self.every))
-        return tuple(step for step in self.at if step < end)
-
-    def within(self, end: int) -> "Snapshots | None":
-        """The same without the last step, which is kept anyway; ``None`` if nothing is left."""
-        if not self.before(end):
-            return None
-        return self if self.at is None else Snapshots(at=self.before(end), raw=self.raw)
-
 
 Kept = Annotated[
     Annotated[int, Field(ge=1), AfterValidator(lambda n: Snapshots(every=n)), Tag("<number>")]
@@ -179,7 +167,11 @@ class Training(Model):
 
     def kept(self, end: int) -> tuple[int, ...]:
         """The steps whose weights are kept, in order, of a training with ``end`` steps."""
-        return (*(self.snapshots.before(end) if self.snapshots else ()), end)
+        given = self.snapshots
+        if given is None:
+            return (end,)
+        steps = given.at or range(given.every, end, given.every)
+        return (*(step for step in steps if step < end), end)
 
 
 SeedNumber = Annotated[int, Field(ge=0)]

@@ -2,8 +2,9 @@
 
 It can from any checkpoint of its lineage, made by the same code with the same data, that is not
 beyond its own end: every step is a function of the state before it, and nothing in a state knows
-the end. Two things do not go on:
+the end. What may not go on:
 
+- a training that is not told which code it is of, or whose folder is not among ``runs``;
 - several networks that are trained one after another: where one begins depends on how long the
   others train (their lineages include the steps, ``Spec.lineage``);
 - a log whose rows are not those of the longer training, nor closer by a power of two, because the
@@ -38,7 +39,8 @@ def go_on(
             continue
         step = state["step"]
         if snapshots.take(step, state["snapshots"], other.parent / "train"):
-            snapshots.keep(step, {**state["averages"], "raw": state["model"]})
+            if snapshots.due(step):
+                snapshots.keep(step, {**state["averages"], "raw": state["model"]})
             state["snapshots"] = snapshots.record
             checkpoint.save(folder, identity, state)
             print(f"goes on from {other.parent.name} at step {step} of {steps}", flush=True)
@@ -50,7 +52,7 @@ def go_on(
 def _candidates(folder: Path, identity: dict[str, Any], steps: int) -> list[tuple[int, Path]]:
     """Steps and state folders of runs beside this one whose notes say that they fit."""
     own, found = folder.resolve(), []
-    if own.parent.parent.name != "runs":
+    if own.parent.parent.name != "runs" or identity["code"] is None:
         return found
     for note in own.parent.parent.glob(f"*/{own.name}/{checkpoint.NOTE}"):
         with suppress(UserError, TypeError):  # being written, or not a note

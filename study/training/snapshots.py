@@ -4,7 +4,7 @@ A checkpoint lists what was kept before it, with hashes; what it does not list i
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -13,6 +13,9 @@ from torch import Tensor
 from study.files import atomic, sha256
 from study.spec.run import Spec
 from study.weights import SNAPSHOTS, snapshot
+
+Weights = Mapping[str, Mapping[str, Tensor]]
+"""Tensors by name, of every average and of ``raw``."""
 
 Record = dict[str, dict[str, str]]
 """SHA-256 of kept files, by step and by what the weights are called."""
@@ -29,18 +32,21 @@ class Snapshots:
     """The kept weights of a run, in the folder ``snapshots`` of its ``train/``."""
 
     def __init__(self, spec: Spec, train: Path) -> None:
-        self.train, self.end = train, spec.steps
-        self.steps = spec.snapshots[:-1]
+        self.train = train
+        self.steps = frozenset(spec.snapshots[:-1])
         kept = spec.training.snapshots
         self.names = (*spec.averages, *(("raw",) if kept is not None and kept.raw else ()))
         self.record: Record = {}
 
-    def keep(self, step: int, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Write those of ``weights`` that are kept at ``step``, if it is one of the steps."""
-        if step in self.steps and str(step) not in self.record:
-            self._write(step, self.names, weights)
+    def due(self, step: int) -> bool:
+        """Whether ``step`` is one of those that are kept, and is not yet."""
+        return step in self.steps and str(step) not in self.record
 
-    def keep_last(self, step: int, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def keep(self, step: int, weights: Weights) -> None:
+        """Write those of ``weights`` that are kept."""
+        self._write(step, self.names, weights)
+
+    def keep_last(self, step: int, weights: Weights) -> None:
         """Write the further averages of the step at which the training ended."""
         further = [name for name in weights if name not in ("ema", "raw", *self.at(step))]
         if further:
@@ -50,7 +56,7 @@ class Snapshots:
         """What is kept of a step."""
         return self.record.get(str(step), {})
 
-    def _write(self, step: int, names, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _write(self, step: int, names: Iterable[str], weights: Weights) -> None:
         written = {
             name: save_weights(snapshot(self.train, name, step), weights[name]) for name in names
         }
@@ -71,7 +77,7 @@ class Snapshots:
         ``record`` is what the other one's checkpoint lists, ``train`` where its files lie.
         """
         self.record = {}
-        for one in (one for one in self.steps if one < step):
+        for one in sorted(one for one in self.steps if one < step):
             for name in self.names:
                 digest = record.get(str(one), {}).get(name)
                 source = snapshot(train, name, one)

@@ -151,7 +151,7 @@ class Trainer:
 
     def keep(self) -> None:
         """Keep the weights of this step if it is one of those that are kept."""
-        if self.main:
+        if self.main and self.snapshots.due(self.step):
             self.snapshots.keep(self.step, self.weights())
 
     def save(self, identity: dict[str, Any]) -> None:
