@@ -2,9 +2,11 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from study.spec.metrics import NUMBERS
 
 AXES = ["backbone", "skip_scaling", "target", "formulation"]
 ARM = ["arm", *AXES, "variant", "line"]
@@ -12,7 +14,6 @@ ARM = ["arm", *AXES, "variant", "line"]
 NOT_MEASURED, OTHERWISE = "not measured", "measured otherwise"
 ALL = "all"
 """Stands for a backbone where a number is a mean over all of them."""
-LOWER_IS_BETTER = ("fid", "fd", "kid")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,24 @@ class MetricName:
 
 def better(metric: str) -> str:
     """ "lower" or "higher": the side of a metric on which the better arms lie."""
-    return "lower" if MetricName.parse(metric).base in LOWER_IS_BETTER else "higher"
+    number = MetricName.parse(metric).base
+    return NUMBERS[number].better if number in NUMBERS else "higher"
+
+
+def leading(metrics: Iterable[str], counts: Mapping[str, int]) -> list[str]:
+    """Metrics in the order in which they speak for a study, the leading one first.
+
+    The Inception FID, else a Fréchet distance, and so on as in ``NUMBERS``; of several those that
+    more runs have (``counts``), on more images; then by name.
+    """
+    order = list(NUMBERS)
+
+    def rank(metric: str) -> tuple:
+        name = MetricName.parse(metric)
+        place = order.index(name.base) if name.base in NUMBERS else len(order)
+        return place, -int(counts.get(metric, 0)), -(name.images or 0), metric
+
+    return sorted(set(metrics) - {""}, key=rank)
 
 
 def flat(content: Any, prefix: str = "") -> dict[str, Any]:

@@ -18,6 +18,7 @@ from matplotlib.ticker import LogFormatterSciNotation
 
 from study.analysis.names import ALL, MetricName
 from study.files import atomic
+from study.spec.metrics import NUMBERS
 from study.spec.scalings import SCALINGS
 
 WIDTH = 7.2
@@ -102,14 +103,6 @@ BACKBONES = {
     "ddpmpp": "DDPM++",
     "ncsnpp": "NCSN++",
 }
-METRICS = {
-    "fid": "FID",
-    "fd": "FD",
-    "kid": "KID",
-    "is": "IS",
-    "precision": "precision",
-    "recall": "recall",
-}
 TARGETS = {"dsm": "DSM", "stf": "STF"}
 
 
@@ -159,7 +152,8 @@ def metric_label(metric: str, extractor: str = "") -> str:
     """
     parts = MetricName.parse(metric)
     features = parts.features or (extractor if parts.base not in ("fid",) else "")
-    name = METRICS.get(parts.base, parts.base)
+    known = NUMBERS.get(parts.base)
+    name = known.numbers[parts.base] if known else parts.base
     name += f" ({features})" if features else ""
     name += f", {parts.images} images" if parts.images is not None else ""
     return f"{name}, identity {parts.way}" if parts.way else name

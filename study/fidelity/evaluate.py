@@ -14,9 +14,14 @@ from study.fidelity.extractors import torch_fidelity
 from study.fidelity.reference import Reference
 from study.files import UserError, read_object, sha256, write_json
 from study.provenance import Stopwatch, provenance
+from study.spec import metrics as known_metrics
 
-METRICS = ("fd", "kid", "is", "prc")
-NUMBERS = {"prc": ("precision", "recall")}
+METRICS = tuple(known_metrics.METRICS)
+NUMBERS = {
+    name: tuple(row.numbers)
+    for name, row in known_metrics.METRICS.items()
+    if name not in row.numbers
+}
 """The numbers that a metric gives, where they are not one of its own name."""
 
 # torch-fidelity's defaults, written out because they are part of a number's identity.
@@ -67,14 +72,8 @@ class _Precomputed(torch_fidelity.FeatureExtractorBase):
         return (rows,)
 
 
-# What a metric can be; a Frechet distance of nearly equal sets may fall below zero by rounding.
-POSSIBLE = {
-    "fd": (-1e-3, np.inf),
-    "kid": (-np.inf, np.inf),
-    "is": (1 - 1e-6, np.inf),
-    "precision": (0.0, 1.0),
-    "recall": (0.0, 1.0),
-}
+POSSIBLE = {number: metric.possible for number, metric in known_metrics.NUMBERS.items()}
+"""What a number can be."""
 
 
 @dataclass(frozen=True)

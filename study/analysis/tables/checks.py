@@ -10,15 +10,8 @@ from study.analysis.tables.families import groups
 from study.analysis.tables.found import Found, problem
 from study.analysis.tables.measures import spacings
 from study.files import UserError, canonical_json
+from study.spec.metrics import NUMBERS
 from study.spec.run import Spec
-
-_PLAUSIBLE = {
-    "fid": (-1e-6, math.inf),
-    "fd": (-1e-6, math.inf),
-    "is": (1 - 1e-6, math.inf),
-    "precision": (0.0, 1.0),
-    "recall": (0.0, 1.0),
-}
 
 
 def quality_checks(
@@ -73,7 +66,8 @@ def _metric_checks(metrics: list[dict]) -> Iterator[dict]:
             ways[row["metric"]].add(row["note"])
         if row["status"] not in ("done", NOT_MEASURED):
             continue
-        low, high = _PLAUSIBLE.get(row["base"], (-math.inf, math.inf))
+        metric = NUMBERS.get(row["base"])
+        low, high = metric.possible if metric else (-math.inf, math.inf)
         if row["value"] is None and row["note"]:
             detail = f"{row['metric']}: {row['note']}"
             yield problem("warning", "metric not measured", row["run"], detail)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from study.analysis.names import MetricName
+from study.analysis.names import MetricName, leading
 from study.analysis.tables.columns import COLUMNS, INTEGERS, NUMBERS, TABLES
 from study.files import UserError
 
@@ -101,24 +101,9 @@ class Tables:
         return frame.merge(self.runs[[*words, "status"]], on="run", validate="many_to_one")
 
     def metric_names(self) -> list[str]:
-        """Every metric of the study, the leading one first.
-
-        Leading is the Inception FID, else a Fréchet distance, on the most images; then the others
-        by name.
-        """
+        """Every metric of the study's main measurements, the leading one first."""
         counts = self.metrics.dropna(subset=["value"]).groupby("metric")["run"].count()
-
-        def rank(metric: str) -> tuple:
-            name = MetricName.parse(metric)
-            order = ["fid", "fd", "kid", "is", "precision", "recall"]
-            return (
-                order.index(name.base) if name.base in order else len(order),
-                -int(counts.get(metric, 0)),
-                -(name.images or 0),
-                metric,
-            )
-
-        return sorted({name for name in self.metrics["metric"] if name}, key=rank)
+        return leading(self.metrics["metric"], counts)
 
     def leading_metric(self) -> str | None:
         """The study's leading metric, or None where nothing was measured."""
