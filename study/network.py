@@ -1,5 +1,6 @@
 """The network of a run, from its spec and the images it is for."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,9 @@ from study.diffusion import formulations
 from study.randomness import seed_of
 from study.skips import LongSkips
 from study.spec.run import Spec
+
+# cuBLAS adds up in one order only with a workspace of fixed size, which it takes when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 AUGMENT_LABELS = 9
 """Entries of EDM's augmentation label vector."""
@@ -102,3 +106,19 @@ def arithmetic(precision: str) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def repeatable(strict: bool = True) -> Iterator[None]:
+    """Let torch take only kernels that give the same bits every time; on GPUs others are usual.
+
+    ``strict``: an operation that has no such kernel raises ``RuntimeError``. Without it that
+    operation, and attention, take what they have: two trainings may then differ in their last bits.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for hunting errors; takes time
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True

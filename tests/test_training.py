@@ -35,8 +35,7 @@ OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 64}, path)
     return path
 
 
@@ -211,6 +210,7 @@ def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
     command = [sys.executable, "-m", "study", "train", "--spec", spec().key]
     command += ["--data", str(data), "--out", str(tmp_path / "two/train"), "--threads", "2"]
     command += ["--state", str(tmp_path / "two/state"), "--machine", '{"processes": 2}']
+    command += ["--gpus", "0"]  # also on a machine with one GPU
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -379,3 +379,37 @@ def test_flip_and_conditional_change_what_is_learned(tmp_path, data):
     assert contents(tmp_path / "plain/train") != contents(tmp_path / "flip/train")
     weights = load_file(tmp_path / "conditional/train/raw.safetensors")
     assert weights["label_emb.weight"].shape[0] == 11
+
+
+NEVER_THE_SAME = """
+import torch
+from study.backbones.uvit import UViT
+
+
+class Odd(UViT):
+    def forward(self, x, noise, label=None):
+        x = x.clone().put_(torch.zeros(1, dtype=torch.long), x.flatten()[:1])
+        return super().forward(x, noise, label)
+"""
+
+
+def test_an_operation_without_a_kernel_that_repeats_is_used_and_told(
+    tmp_path, data, capsys, monkeypatch
+):
+    (tmp_path / "odd.py").write_text(NEVER_THE_SAME, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    content = base()
+    content["grid"] = {"backbone": ["odd"], "skip_scaling": ["none"], "target": ["dsm"]}
+    options = {"patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
+    options |= {"skip": True, "null_label": True}
+    content["backbones"] = {"odd": {"family": "odd:Odd", "options": options}}
+    content["training"] = {"steps": 3, "batch": 8, "lr": 1e-3}
+    odd = next(iter(runs(load(content)).values())).spec
+    assert run(tmp_path, data, odd)["status"] == "done"
+    told = [line for line in capsys.readouterr().err.splitlines() if "last bits" in line]
+    assert len(told) == 1 and "put_" in told[0]
+    assert not torch.are_deterministic_algorithms_enabled()
+    table = parquet.read_table(tmp_path / "a/train/dynamics.parquet").to_pandas()
+    norms = table[(table.quantity == "decoder_frobenius_after") & (table["where"] == "1")]
+    first, second = norms.value.iloc[:2]  # the first step was taken twice, and is logged once
+    assert first == pytest.approx(second, rel=0.2)

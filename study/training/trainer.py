@@ -1,6 +1,8 @@
 """One training: its network, optimiser, averages and log, and what a step does to them."""
 
 import math
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from study.backbones.base import Backbone, check_attention
 from study.data import Archive
 from study.diffusion import formulations
 from study.files import UserError
-from study.network import SplitNetwork, build_network, networks_of
+from study.network import SplitNetwork, build_network, networks_of, repeatable
 from study.processes import meet, own_environment
 from study.randomness import seed_of
 from study.spec.run import NetworkTraining, Spec
@@ -114,6 +116,7 @@ class Trainer:
         fp16 = self.settings.precision == "fp16"
         self.watch = Watch(self.settings.divergence, skips=FP16_SKIPS if fp16 else 0)
         self.step, self.seconds, self.steps = 0, 0.0, spec.steps
+        self.strict = True  # until an operation has no kernel that repeats its bits
         self.log = Log(machine.get("log_every") or spacing(self.steps))
         self.timing = Table()
         self.snapshots = Snapshots(spec, out)
@@ -275,7 +278,7 @@ class Trainer:
                 for key in ("images", "draws", "noise", "labels", "augment_labels", "label_drops")
             }
             last = number == len(pieces) - 1
-            with self.accelerator.no_sync(self.model) if not last else _nothing():
+            with self.accelerator.no_sync(self.model) if not last else nullcontext():
                 loss = formulation.loss(
                     self._network(part["augment_labels"], part["label_drops"]),
                     part["images"],
@@ -301,6 +304,25 @@ class Trainer:
             group["lr"] = lr
         return lr
 
+    def _observed(self, model: NetworkTraining, logs: bool) -> tuple[Any, tuple]:
+        """The same, and what an observer of the long skips saw of it if this step is logged.
+
+        The bits repeat wherever torch can make them; a network of the user's own may hold an
+        operation where it cannot.
+        """
+        watching = SkipObserver(self.backbone) if logs else nullcontext()
+        try:
+            with repeatable(self.strict), watching as observer:
+                return observer, self._backward(model)
+        except RuntimeError as error:
+            if not self.strict or "determinis" not in str(error):
+                raise
+            reason = str(error).partition(",")[0]
+        print(f"study: {reason}: a second training may differ in its last bits", file=sys.stderr)
+        self.strict = False
+        self.optimizer.zero_grad()
+        return self._observed(model, logs)
+
     def advance(self) -> str | None:
         """One step. Returns why the run has diverged, or ``None``."""
         model, done = self._turn()
@@ -310,8 +332,7 @@ class Trainer:
                 self._begin_turn(model)
         lr = self._set_lr(model, done)
         logs = self.step % self.log.every == 0 or self.step == self.steps - 1
-        with SkipObserver(self.backbone) if logs else _nothing() as observer:
-            value, sigma, losses = self._backward(model)
+        observer, (value, sigma, losses) = self._observed(model, logs)
         self.log.add(self.step, value, sigma, losses)
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
@@ -373,11 +394,3 @@ class Trainer:
         self.log.table().write(out / "dynamics.parquet")
         self.timing.write(out / "timing.parquet")
         return {**hashes, "snapshots": self.snapshots.record}
-
-
-class _nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exception: object) -> None:
-        return None
