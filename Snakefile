@@ -10,11 +10,13 @@ if not workflow.overwrite_configfiles:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/running.smk"
 include: "workflow/rules/scheduling.smk"
+include: "workflow/rules/hooks.smk"
+include: "workflow/rules/starting.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/train.smk"
-include: "workflow/rules/generate.smk"
-include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/measure.smk"
 include: "workflow/rules/probe.smk"
 include: "workflow/rules/analyse.smk"
 include: "workflow/rules/report.smk"
@@ -25,8 +27,8 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
-        collect(rules.train.output.status, run=RUNS),
-        collect(rules.evaluate.output.metrics, run=RUNS),
+        collect(rules.train.output.status, run=CHOSEN),
+        metrics_of(CHOSEN),
         [path for kind in PROBED for path in probe_results(kind)],
         collect(rules.notebook.output, notebook=STUDY.notebooks),
         rules.aggregate.output,

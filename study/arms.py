@@ -7,10 +7,10 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from study import combinations
+from study import combinations, protocols
 from study.files import UserError, canonical_json
 from study.spec.backbones import FAMILIES, family
 from study.spec.data import Dataset, DatasetSettings
@@ -34,7 +34,8 @@ class Run:
     ``name`` is the folder; ``arm`` identifies the arm whatever its seed; ``display`` is the arm's
     name for people; ``grid`` says whether the arm comes from a grid; ``axes`` holds short texts
     for backbone, skip_scaling, target, formulation, training, seed. ``checkpoint`` is where the
-    weights lie if they are imported instead of trained.
+    weights lie if they are imported instead of trained; ``measurements`` says how its quality is
+    measured, the main measurement first.
     """
 
     name: str
@@ -44,9 +45,11 @@ class Run:
     axes: dict[str, str]
     spec: Spec
     checkpoint: str | None = None
+    measurements: tuple[protocols.Planned, ...] = field(default=(), compare=False)
 
     def row(self) -> dict[str, Any]:
         """The run as the manifest lists it."""
+        images = self.spec.dataset.images
         return {
             "run": self.name,
             "arm": self.arm,
@@ -54,6 +57,7 @@ class Run:
             "grid": self.grid,
             "axes": self.axes,
             "spec": self.spec.content(),
+            "measurements": [one.row(self.spec, images) for one in self.measurements],
         }
 
 
@@ -64,6 +68,19 @@ def probed(runs: dict[str, Run], probe: ProbeOptions) -> list[str]:
     seeds = probe.seeds
     wanted = None if seeds is None else {str(seed) for seed in seeds}
     return [name for name, run in runs.items() if wanted is None or run.axes["seed"] in wanted]
+
+
+def shorter(runs: dict[str, Run]) -> dict[str, list[str]]:
+    """By run, if any: the shorter trainings of its lineage in order, which it goes on from."""
+    lineages: dict[str, list[tuple[int, str]]] = {}
+    for name, run in runs.items():
+        lineages.setdefault(run.spec.lineage, []).append((run.spec.steps, name))
+    return {
+        name: before
+        for lineage in lineages.values()
+        for steps, name in (lineage if len(lineage) > 1 else ())
+        if (before := [other for less, other in sorted(lineage) if less < steps])
+    }
 
 
 def _check_probes(study: Study, runs: dict[str, Run]) -> None:
@@ -138,6 +155,7 @@ class _Arm:
 
     where: str
     training_at: str
+    dataset: str
     name: str | None
     grid: bool
     backbone: str
@@ -158,8 +176,20 @@ def _arms(study: Study) -> Iterator[_Arm]:
         yield _extra_arm(study, arm, f"arms[{number}]")
 
 
+def _datasets(study: Study, chosen: tuple[str, ...] | None, where: str) -> tuple[str, ...]:
+    """The names of the data sets of a grid or an arm. Raises ``UserError`` for an unknown one."""
+    known = ", ".join(study.data)
+    if chosen is None and len(study.data) > 1:
+        raise UserError(f"{where}: missing; the study has several data sets: {known}")
+    for name in chosen or ():
+        if name not in study.data:
+            raise UserError(f"{where}: {name!r} is no data set of this study; allowed: {known}")
+    return chosen or tuple(study.data)
+
+
 def _grid_arms(study: Study, grid: Grid, where: str) -> Iterator[_Arm]:
     axes = (
+        _datasets(study, grid.dataset, f"{where}.dataset"),
         grid.backbone,
         grid.formulation or (study.formulation,),
         grid.training,
@@ -167,10 +197,11 @@ def _grid_arms(study: Study, grid: Grid, where: str) -> Iterator[_Arm]:
         grid.target,
     )
     numbers = {id(keys): number for number, keys in enumerate(grid.training)}
-    for backbone, formulation, training, scaling, target in itertools.product(*axes):
+    for dataset, backbone, formulation, training, scaling, target in itertools.product(*axes):
         yield _Arm(
             where=f"{where}.backbone",
             training_at=f"{where}.training[{numbers[id(training)]}]",
+            dataset=dataset,
             name=None,
             grid=True,
             backbone=backbone,
@@ -187,6 +218,7 @@ def _extra_arm(study: Study, arm: Arm, where: str) -> _Arm:
     return _Arm(
         where=where,
         training_at=f"{where}.training",
+        dataset=_datasets(study, arm.dataset and (arm.dataset,), f"{where}.dataset")[0],
         name=arm.name,
         grid=False,
         backbone=arm.backbone,
@@ -318,7 +350,19 @@ def remarks(study: Study) -> list[str]:
     return _resolve(study)[1]
 
 
+_resolved: tuple[Study, tuple[dict[str, Run], list[str]]] | None = None
+"""The last study that was resolved: checks, plans and states ask for the same one."""
+
+
 def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
+    global _resolved
+    if _resolved is None or _resolved[0] is not study:
+        _resolved = study, _resolve_anew(study)
+    found, lines = _resolved[1]
+    return dict(found), list(lines)
+
+
+def _resolve_anew(study: Study) -> tuple[dict[str, Run], list[str]]:
     combinations.check_protocols(study)
     if not study.grid and not study.arms:
         raise UserError("grid: the study has neither a grid nor arms; nothing would run")
@@ -326,7 +370,7 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
     for name in study.backbones:
         _, training = resolve_backbone(study, name, {}, f"backbones.{name}")
         check(Training, {**ours, **training}, f"backbones.{name}.training.")
-    dataset = study.dataset.settings
+    settings = {name: dataset.settings for name, dataset in study.data.items()}
     backbones: dict[str, tuple[Backbone, dict[str, Any]]] = {}
     trainings: dict[str, Training] = {}
     result: dict[str, Run] = {}
@@ -341,7 +385,7 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
             trainings[key] = _training(study, arm, entry_training)
         scaling = _plain_scaling(arm, backbone, lines)
         spec = Spec(
-            dataset=dataset,
+            dataset=settings[arm.dataset],
             backbone=backbone,
             skip_scaling=scaling,
             target=arm.target,
@@ -366,6 +410,7 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
         path = arm.checkpoint.path if arm.checkpoint else None
         extra = [axes["training"]] if axes["training"] else []
         extra += [arm.checkpoint.label] if arm.checkpoint else []
+        extra += [arm.dataset] if len(study.data) > 1 else []
         display = " · ".join([axes["backbone"], axes["skip_scaling"], axes["target"], *extra])
         for seed in arm.seeds:
             short, seeds = _seeds(seed)
@@ -398,7 +443,12 @@ def _resolve(study: Study) -> tuple[dict[str, Run], list[str]]:
         first, *more = twice.values()
         whose = f"{first} and {len(more)} more are" if more else f"{first} is"
         lines.append(f"{whose} described more than once, which makes one arm")
-    return result, list(dict.fromkeys(lines))
+    return protocols.with_measurements(study, result), list(dict.fromkeys(lines))
+
+
+def selected(study: Study, found: dict[str, Run]) -> dict[str, Run]:
+    """The runs that ``only`` leaves of a study's."""
+    return protocols.chosen(found, study.only)
 
 
 def _plain_scaling(arm: _Arm, backbone: Backbone, lines: list[str]) -> SkipScaling:
@@ -418,6 +468,6 @@ def manifest(study: Study, all_runs: dict[str, Run]) -> dict[str, Any]:
     """What ``results/<study>/study.json`` holds: the resolved study and its runs."""
     return {
         "study": study.study,
-        "config": study.model_dump(mode="json"),
+        "config": study.model_dump(mode="json", exclude={"only"}),
         "runs": [run.row() for run in all_runs.values()],
     }

@@ -55,6 +55,9 @@ Weights = Annotated[
     str | None, typer.Option(help="The extractor's weights; empty = its own download.")
 ]
 Config = Annotated[Path, typer.Option("--config", "--configfile", help="The study.")]
+Only = Annotated[
+    str | None, typer.Option(help="Some of its arms, as in a study: '{backbone: uvit}'.")
+]
 
 
 def _json(text: str, option: str) -> dict[str, Any]:
@@ -68,6 +71,13 @@ def _json(text: str, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option}: expected a JSON object; got {type(value).__name__}")
     return value
+
+
+def _content(config: Path, only: str | None) -> dict[str, Any]:
+    """A study as its file says it, with the arms chosen that a command is to look at."""
+    from study.spec.study import override, read
+
+    return read(config) | (override(f"only={only}") if only else {})
 
 
 def _device(gpus: int | None) -> Any:
@@ -234,37 +244,38 @@ def _take_weights(spec: Any, checkpoint: str, data: Path, out: Path, code: str |
 @app.command(rich_help_panel=STAGES)
 def generate(
     run_dir: Annotated[Path, typer.Option(help="Folder of a run, which holds train/.")],
-    protocol: Annotated[str, typer.Option(help="The study's `generation` section, as JSON.")],
+    measurement: Annotated[
+        str,
+        typer.Option(
+            help="What is to be measured, as JSON or the path of a JSON file: at, weights, "
+            "sampler, guidance, images, seed, labels; defaults may be left out."
+        ),
+    ],
     data: Data,
-    out: Out,
+    out: Annotated[Path, typer.Option(help="Folder to write, in the run's measurements/.")],
     batch: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 256,
-    decoder: Annotated[
-        str, typer.Option(help="The weights of the decoder of latents, if not in the protocol.")
-    ] = "",
+    decoder: Annotated[str, typer.Option(help="The weights of the decoder of latents.")] = "",
     code: Annotated[str | None, typer.Option(help="Digest of the generating code.")] = None,
     threads: Threads = None,
     gpus: Gpus = None,
 ) -> None:
-    """Generate the samples of a trained run."""
+    """Generate the samples of a trained run for one measurement."""
     _set_threads(threads)
     from study.spec.explain import check
-    from study.spec.measuring import Generation
+    from study.spec.measuring import Measurement
 
-    given = _json(protocol, "--protocol")
-    if isinstance(given.get("decoder"), dict):
-        given["decoder"] = {"weights": decoder, **given["decoder"]}
-    settings = check(Generation, given, "--protocol: ").model_dump(mode="json")
-    with _alone(run_dir / "state"), _device(gpus):
+    settings = check(Measurement, _json(measurement, "--measurement"), "--measurement: ")
+    with _alone(run_dir / "state" / "measurements", f"{out.name}.lock"), _device(gpus):
         from study.sampling.draw import generate as run
 
-        run(run_dir, settings, data, out, batch=batch, threads=threads, code=code)
+        run(run_dir, settings, data, out, decoder=decoder, batch=batch, threads=threads, code=code)
 
 
 @app.command(rich_help_panel=STAGES)
 def evaluate(
-    samples: Annotated[Path, typer.Option(help="samples.npz of a run.")],
+    samples: Annotated[Path, typer.Option(help="samples.npz of a measurement.")],
     reference: Annotated[Path, typer.Option(help="Folder that `study reference` made.")],
-    protocol: Annotated[str, typer.Option(help="The study's `evaluation` section, as JSON.")],
+    protocol: Annotated[str, typer.Option(help="extractor and metrics, as JSON.")],
     out: Out,
     weights: Weights = None,
     code: Annotated[str | None, typer.Option(help="Digest of the evaluating code.")] = None,
@@ -274,11 +285,8 @@ def evaluate(
     """Measure samples against the data set's reference."""
     _set_threads(threads)
     from study.fidelity.evaluate import evaluate as run
-    from study.spec.explain import check
-    from study.spec.measuring import Evaluation
 
     settings = _json(protocol, "--protocol")
-    check(Evaluation, settings, "--protocol: ")
     with _alone_with(out), _device(gpus):
         run(samples, reference, settings, out, weights=weights or None, code=code)
 
@@ -378,17 +386,25 @@ def report(
 
 
 @app.command(rich_help_panel=STUDIES)
-def runs(config: Config = Path("config.yaml")) -> None:
+def runs(
+    config: Config = Path("config.yaml"),
+    only: Only = None,
+    measurements: Annotated[bool, typer.Option("--measurements", help="Theirs, too.")] = False,
+) -> None:
     """List the runs of a study: folder, arm, seed."""
     from study.arms import runs as resolve
+    from study.arms import selected
     from study.ledger.checks import check, missing_files
     from study.spec.study import load
 
-    study = load(config)
-    found = resolve(study)
-    told = [*check(study, found), *missing_files(study, found)]
+    study = load(_content(config, only))
+    whole = resolve(study)
+    found = selected(study, whole)
+    told = [*check(study, whole), *missing_files(study, found)]
     for run in found.values():
         print(f"{run.name}\t{run.display}\tseed {run.axes['seed']}")
+        for one in run.measurements if measurements else ():
+            print(f"  {one.name}\t{', '.join(one.protocols)}\t{', '.join(one.extractors)}")
     for line in told:
         print(f"study: {line}", file=sys.stderr)
 
@@ -406,27 +422,44 @@ def provenance(
 @app.command(rich_help_panel=STUDIES)
 def plan(
     config: Config = Path("config.yaml"),
-    arms: Annotated[bool, typer.Option(help="A row for each arm.")] = True,
+    arms: Annotated[
+        bool | None, typer.Option(help="A row for each arm.  [default: up to 200 runs]")
+    ] = None,
     count: Annotated[
         bool | None,
         typer.Option(help="Count parameters and operations.  [default: up to 200 runs]"),
     ] = None,
+    only: Only = None,
 ) -> None:
     """Say what a study will cost before it starts."""
     from study.ledger.plan import show
+    from study.ledger.progress import check_folder
 
-    show(config, arms=arms, counting=count)
+    check_folder()
+    show(_content(config, only), arms=arms, counting=count)
 
 
 @app.command(rich_help_panel=STUDIES)
 def status(
     config: Config = Path("config.yaml"),
     watch: Annotated[bool, typer.Option("--watch", help="Keep watching.")] = False,
+    only: Only = None,
 ) -> None:
     """Say how far every run is: done, running, diverged, missing, stale."""
+    from study.ledger.progress import check_folder
     from study.ledger.status import show
 
-    show(config, watch=watch)
+    check_folder()
+    show(_content(config, only), watch=watch)
+
+
+@app.command(rich_help_panel=STUDIES)
+def preview(config: Config = Path("config.yaml"), only: Only = None) -> None:
+    """Report what is there now, while a study runs; what is missing is named."""
+    from study.analysis.report.preview import preview as run
+
+    page, trained, whole = run(_content(config, only))
+    print(f"{page}: {trained} of {whole} runs are trained")
 
 
 @app.command(rich_help_panel=STUDIES)

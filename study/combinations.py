@@ -1,12 +1,16 @@
 """What cannot be together in a study: checks between its sections, before anything starts."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from study.files import UserError
 from study.spec.backbones import FAMILIES
+from study.spec.data import Dataset, Images
+from study.spec.formulations import FormulationOptions
 from study.spec.guidance import guidance_options
+from study.spec.measuring import Classes, Guidance
 from study.spec.run import KEPT, Spec
+from study.spec.samplers import SamplerOptions
 from study.spec.study import Study
 
 if TYPE_CHECKING:
@@ -190,12 +194,15 @@ def _check_machine(study: Study, arm: "_Arm", spec: Spec) -> None:
 
 
 def _check_guidance(study: Study, arm: "_Arm", spec: Spec) -> None:
-    guidance = study.generation.guidance
-    if guidance is None:
-        return
+    for name, protocol in study.protocols.items():
+        for guidance in protocol.guidance:
+            if guidance is not None:
+                _check_guided(arm, spec, f"{arm.where}: protocols.{name}.guidance", guidance)
+
+
+def _check_guided(arm: "_Arm", spec: Spec, where: str, guidance: Guidance) -> None:
     guided = guidance_options(guidance.model_dump(mode="json"), spec.formulation)
     options, training = spec.backbone.options, spec.training
-    where = f"{arm.where}: generation.guidance"
     if guided.evaluations == 1 or getattr(options, "context_dim", None) is not None:
         return
     if not training.conditional:
@@ -206,60 +213,100 @@ def _check_guidance(study: Study, arm: "_Arm", spec: Spec) -> None:
         raise UserError(f"{where}: the null label is never trained; set training.label_dropout")
 
 
-def _check_latents(study: Study) -> None:
-    dataset, decoder, reference = (
-        study.dataset,
-        study.generation.decoder,
-        study.evaluation.reference,
-    )
+def section(study: Study, name: str) -> str:
+    """The key under which a study describes a data set."""
+    return f"datasets.{name}" if study.datasets else "dataset"
+
+
+def _check_dataset(where: str, dataset: Dataset) -> None:
+    decoder, reference = dataset.decoder, dataset.reference
     if dataset.source == "latents" and decoder is None:
         raise UserError(
-            f"generation.decoder: missing; {dataset.name} holds latents, which become images "
-            "only through an autoencoder (weights, scale)"
+            f"{where}.decoder: missing; {dataset.name} holds latents, which become images only "
+            "through an autoencoder (weights, scale)"
         )
     if dataset.source == "latents" and reference is None:
         raise UserError(
-            f"evaluation.reference: missing; {dataset.name} holds latents, and samples are "
+            f"{where}.reference: missing; {dataset.name} holds latents, and samples are "
             "measured against images: name a data set of images"
         )
     if decoder is not None and dataset.source not in ("latents", "archive"):
-        raise UserError(f"generation.decoder: {dataset.name} holds images; leave it out")
-    if reference is None:
-        return
-    if reference.source == "latents":
-        raise UserError("evaluation.reference.source: samples are measured against images")
-    if reference.name == dataset.name and reference.settings != dataset.settings:
-        raise UserError(
-            f"evaluation.reference.name: {reference.name!r} is the data set of the study, with "
-            "other settings; choose another name"
-        )
+        raise UserError(f"{where}.decoder: {dataset.name} holds images; leave it out")
+    if reference is not None and reference.source == "latents":
+        raise UserError(f"{where}.reference.source: samples are measured against images")
+
+
+def _check_names(study: Study) -> None:
+    """Raise ``UserError`` where one name of a data set stands for unlike ones."""
+    known: dict[str, tuple[str, Images]] = {}
+    for name, dataset in study.data.items():
+        here = section(study, name)
+        for where, one in ((here, dataset), (f"{here}.reference", dataset.reference)):
+            if one is None:
+                continue
+            other, first = known.setdefault(one.name, (where, one))
+            if first.settings != one.settings or first.path != one.path:
+                raise UserError(
+                    f"{where}.name: {one.name!r} is the name of {other}, with other settings; "
+                    "choose another name"
+                )
 
 
 def check_protocols(study: Study) -> None:
     """Raise ``UserError`` where a study's data, samples and metrics do not go together."""
-    evaluation = study.evaluation
-    _check_latents(study)
-    if evaluation.extractor == "digits" and not study.dataset.labels:
-        raise UserError(
-            "evaluation.extractor: digits trains a classifier and needs dataset.labels: true"
-        )
-    if "is" in evaluation.metrics and evaluation.extractor == "pixels":
-        raise UserError("evaluation.metrics: 'is' needs class logits, which pixels does not have")
+    for name, dataset in study.data.items():
+        _check_dataset(section(study, name), dataset)
+    _check_names(study)
+    for name, protocol in study.protocols.items():
+        for one in protocol.extractors:
+            first = study.extractors[one.kind]
+            if one != first:
+                raise UserError(
+                    f"protocols.{name}.extractors: {one.kind} has other options than elsewhere; a "
+                    "study has one extractor of each kind"
+                )
+            for key, dataset in study.data.items() if one.kind == "digits" else ():
+                if not dataset.labels:
+                    raise UserError(
+                        f"protocols.{name}.extractors: digits trains a classifier and needs "
+                        f"{section(study, key)}.labels: true"
+                    )
 
 
 def _check_steps(study: Study, arm: "_Arm", spec: Spec) -> None:
     """Raise ``UserError`` where the sampler cannot walk the steps of the arm's formulation."""
-    sampler, process = study.generation.sampler, spec.formulation
+    for name, protocol in study.protocols.items():
+        for sampler in protocol.sampler:
+            _check_sampler(f"{arm.where}: protocols.{name}.sampler", sampler, spec.formulation)
+        for labels in protocol.labels:
+            _check_labels(f"{arm.where}: protocols.{name}.labels", labels, spec)
+
+
+def _check_labels(where: str, labels: Any, spec: Spec) -> None:
+    if labels != "data" and not spec.training.conditional:
+        raise UserError(
+            f"{where}: the network is told no class; set training.conditional: true, or leave "
+            "labels out"
+        )
+    classes = spec.dataset.known_classes
+    if isinstance(labels, Classes) and classes is not None and max(labels.classes) >= classes:
+        raise UserError(
+            f"{where}: {max(labels.classes)} is no class of data set {spec.dataset.name}, whose "
+            f"classes are 0 to {classes - 1}"
+        )
+
+
+def _check_sampler(where: str, sampler: SamplerOptions, process: FormulationOptions) -> None:
     if hasattr(sampler, "sigmas") and process.kind in ("edm", "ve"):
         low, high = sampler.sigmas
         least, most = process.sigma_min, process.sigma_max or math.inf
         if max(low, least) >= min(high, most):
             raise UserError(
-                f"{arm.where}: generation.sampler: noise levels {low:g} to {high:g} have nothing "
+                f"{where}: noise levels {low:g} to {high:g} have nothing "
                 f"in common with the formulation's {least:g} to {most:g}"
             )
     if hasattr(sampler, "check"):
         try:
             sampler.check(process.discrete_steps)
         except UserError as error:
-            raise UserError(f"{arm.where}: generation.sampler: {error}") from None
+            raise UserError(f"{where}: {error}") from None

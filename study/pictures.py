@@ -42,7 +42,7 @@ def tile(images: np.ndarray, columns: int = 10, side: int = 640) -> Image.Image:
     rows = max(1, math.ceil(count / columns))
     factor = max(1, side // (columns * width))
     high, wide = height * factor, width * factor
-    gap = max(2, wide // 16)
+    gap = _gap(wide)
     shape = (rows * (high + gap) - gap, columns * (wide + gap) - gap, channels)
     sheet = np.full(shape, 255, np.uint8)
     for number, image in enumerate(images):
@@ -51,3 +51,25 @@ def tile(images: np.ndarray, columns: int = 10, side: int = 640) -> Image.Image:
         large = image.repeat(factor, 0).repeat(factor, 1)
         sheet[top : top + high, left : left + wide] = large
     return Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+
+
+def _gap(wide: int) -> int:
+    return max(2, wide // 16)
+
+
+def untile(picture: Image.Image, columns: int = 10) -> np.ndarray:
+    """The places of a picture that :func:`tile` laid out from square images, still magnified.
+
+    uint8 [n, side, side, C]; the places that were left over are white. Raises ``ValueError`` for a
+    picture of other proportions.
+    """
+    sheet = np.asarray(picture.convert("L" if picture.mode == "L" else "RGB"))
+    sheet = sheet if sheet.ndim == 3 else sheet[..., None]
+    height, width = sheet.shape[:2]
+    sides = (wide for wide in range(width // columns, 0, -1))
+    side = next((s for s in sides if columns * (s + _gap(s)) - _gap(s) == width), None)
+    if side is None or (height + _gap(side)) % (side + _gap(side)):
+        raise ValueError(f"{width} x {height} pixels are no {columns} columns of squares")
+    pace = side + _gap(side)
+    starts = [(top, left) for top in range(0, height, pace) for left in range(0, width, pace)]
+    return np.stack([sheet[top : top + side, left : left + side] for top, left in starts])

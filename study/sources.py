@@ -5,6 +5,7 @@ values; what has no source, and what sources disagree on, is listed.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,23 +19,12 @@ from study.spec.study import Study, load, read
 STUDIES = (Path("config.yaml"), Path("workflow/studies"))
 """Where studies lie, seen from the project's folder."""
 
-NO_SETTINGS = (
-    "study",
-    "title",
-    "notebooks",
-    "machine",
-    "published",
-    "sources",
-    "dataset.name",
-    "dataset.path",
-    "dataset.on_error",
-    "dataset.note",
-    "generation.batch",
-    "evaluation.weights",
-    "evaluation.reference.name",
-    "evaluation.reference.path",
-    "evaluation.reference.on_error",
-    "evaluation.reference.note",
+_IMAGES = r"dataset(s\.[^.]+)?(\.reference)?"
+_PROTOCOL = r"protocols\.[^.]+"
+NO_SETTINGS = re.compile(
+    r"(study|title|notebooks|machine|published|sources|only|arms\[\d+\]\.name"
+    rf"|{_IMAGES}\.(name|path|on_error|note)"
+    rf"|{_PROTOCOL}\.(like|keep|only|extractors(\[\d+\])?\.weights))([.\[].*)?"
 )
 """Keys that name things, say where they lie, or concern speed alone; they need no source."""
 
@@ -59,9 +49,7 @@ def is_setting(key: str) -> bool:
     """Whether a key of a study changes a result, so that it needs a source."""
     if key == "published.parameters":
         return True
-    if key.startswith("arms[") and key.endswith("].name"):
-        return False
-    return not any(key == name or key.startswith((f"{name}.", f"{name}[")) for name in NO_SETTINGS)
+    return not NO_SETTINGS.fullmatch(key)
 
 
 def settings(content: Mapping[str, Any], study: Study) -> list[Setting]:

@@ -8,6 +8,15 @@ def base() -> dict:
         "grid": {"backbone": ["uvit"], "skip_scaling": ["none", "ls"]},
         "backbones": {"uvit": {"preset": "tiny"}},
         "training": {"steps": 10, "batch": 8, "lr": 1e-3},
-        "generation": {"sampler": {"kind": "edm_heun", "steps": 3}},
-        "evaluation": {"extractor": "digits"},
+        "protocols": {"final": protocol()},
     }
+
+
+def protocol(**keys) -> dict:
+    """Its only protocol, with these keys."""
+    return {"sampler": {"kind": "edm_heun", "steps": 3}, "extractors": "digits", **keys}
+
+
+def measured(**keys) -> dict:
+    """The section of a study that has only that protocol."""
+    return {"protocols": {"final": protocol(**keys)}}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from study.spec.metrics import numbers
+
 BACKBONES = {"uvit": 6, "udit": 2, "patch_unet": 9, "ddpmpp": 6, "ncsnpp": 6}
 SCALINGS = ("none", "inv_sqrt2", "cs(0.7)", "ls", "ls_unshared")
 TARGETS = ("dsm", "stf")
@@ -37,6 +39,10 @@ PROVENANCE = {
 }
 SAMPLER = {"kind": "edm_heun", "steps": 10}
 METRICS = ("fd", "kid", "is", "precision", "recall")
+FEW = 500
+"""Images of the protocol ``curve``."""
+SHARES = (0.25, 0.5, 0.75, 1.0)
+"""Its snapshots, as shares of training."""
 
 
 def _scaling(text: str) -> dict[str, Any]:
@@ -59,6 +65,35 @@ def spec(backbone: str, scaling: str, target: str, seed: int, steps: int) -> dic
         "training": {"batch": 64, "steps": steps, "lr": 0.001, "conditional": False},
         "seeds": {"data": seed, "init": seed, "noise": seed},
     }
+
+
+def measurement(
+    at: str | int | dict, step: int, last: bool, protocols: list[str], few: bool, **changes: Any
+) -> dict[str, Any]:
+    """One measurement of a run's manifest entry; ``changes`` are of its cell."""
+    images = FEW if few else None
+    cell = {"at": at, "weights": "ema", "sampler": SAMPLER, "guidance": None, "images": images}
+    cell |= {"seed": 0, "labels": "data", **changes}
+    mark = zlib.crc32(json.dumps([step, cell], sort_keys=True).encode())
+    return {
+        "measurement": f"{'final' if last else step}-edm-heun-{mark:08x}",
+        "protocols": protocols,
+        "step": step,
+        "last": last,
+        "images": images or 1797,
+        "cell": cell,
+        "extractors": {"digits": ["fd"] if few else ["fd", "kid", "is", "prc"]},
+    }
+
+
+def measurements(steps: int) -> list[dict[str, Any]]:
+    """Those of protocols ``final`` and ``curve``."""
+    kept = [round(share * steps) for share in SHARES]
+    curve = [
+        measurement("final" if step == steps else step, step, step == steps, ["curve"], True)
+        for step in kept
+    ]
+    return [measurement("final", steps, True, ["final"], False), *curve]
 
 
 def manifest(
@@ -99,14 +134,23 @@ def manifest(
                                 "seed": str(seed),
                             },
                             "spec": whole,
+                            "measurements": measurements(steps),
                         }
                     )
     config = {
         "study": study,
         "title": "Long skips on digits",
         "dataset": {"name": "digits", "source": "digits", "note": ""},
-        "generation": {"sampler": SAMPLER, "images": 1797, "seed": 0, "weights": "ema"},
-        "evaluation": {"extractor": "digits", "metrics": ["fd", "kid", "is", "prc"]},
+        "protocols": {
+            "final": {"sampler": SAMPLER, "extractors": [{"kind": "digits"}]},
+            "curve": {
+                "at": "snapshots",
+                "sampler": SAMPLER,
+                "images": FEW,
+                "extractors": [{"kind": "digits"}],
+                "metrics": ["fd"],
+            },
+        },
         "notebooks": ["overview", "uvit"],
     }
     return {"study": study, "config": config, "runs": runs}
@@ -145,14 +189,13 @@ def build(
 
 
 def write_run(folder: Path, entry: dict[str, Any], logged: int, images: int, diverged: bool):
-    """Everything that train, generate and evaluate leave for one run."""
+    """Everything that its stages leave for one run."""
     axes, whole = entry["axes"], entry["spec"]
     backbone, scaling, target = axes["backbone"], axes["skip_scaling"], axes["target"]
     rng = np.random.default_rng(zlib.crc32(entry["run"].encode()))
     steps, skips = whole["training"]["steps"], BACKBONES[backbone]
     stop = int(steps * rng.uniform(0.3, 0.6)) if diverged else steps
-    for stage in ("train", "generate", "evaluate"):
-        (folder / stage).mkdir(parents=True, exist_ok=True)
+    (folder / "train").mkdir(parents=True, exist_ok=True)
     frame = _dynamics(rng, backbone, scaling, target, steps, stop, logged, skips, diverged)
     frame.to_parquet(folder / "train" / "dynamics.parquet", index=False)
     timing = frame[frame["quantity"] == "lr"].assign(quantity="step_seconds", value=0.02)
@@ -187,46 +230,80 @@ def write_run(folder: Path, entry: dict[str, Any], logged: int, images: int, div
         "provenance": PROVENANCE,
     }
     (folder / "train" / "status.json").write_text(json.dumps(status), encoding="utf-8")
-    count = 0 if diverged else images
-    np.savez(
-        folder / "generate" / "samples.npz",
-        arr_0=_images(rng, count, method),
-        arr_1=np.arange(count) % 10,
-    )
+    level = QUALITY[backbone] * EFFECT[method] * (0.94 if target == "stf" else 1.0)
+    level *= rng.uniform(0.95, 1.05)
+    weights = f"{rng.integers(2**60):064x}"
+    for asked in entry["measurements"]:
+        lost = diverged and (asked["last"] or asked["step"] > stop)
+        drawn = None
+        if asked is entry["measurements"][0]:
+            drawn = _images(rng, 0 if lost else images, method)
+        # Training goes on getting better, the more slowly the longer it lasts.
+        worth = level * (1 + 2 * (1 - asked["step"] / steps) ** 2)
+        reason = f"diverged at step {stop}" if lost else None
+        write_measurement(folder, asked, worth, drawn, reason, weights)
+
+
+def write_measurement(
+    folder: Path,
+    entry: dict[str, Any],
+    level: float,
+    images: np.ndarray | None = None,
+    reason: str | None = None,
+    weights: str = "ef" * 32,
+):
+    """What generate and evaluate leave for one measurement, whose Fréchet distance is ``level``.
+
+    Without ``images`` the samples are gone; with a ``reason`` there is nothing to measure.
+    """
+    place, cell = folder / "measurements" / entry["measurement"], entry["cell"]
+    place.mkdir(parents=True, exist_ok=True)
+    count = 0 if reason else entry["images"]
+    if images is not None:
+        np.savez(place / "samples.npz", arr_0=images, arr_1=np.arange(len(images)) % 10)
+    nfe = (2 * cell["sampler"]["steps"] - 1) * (1 if cell["guidance"] is None else 2)
     generate = {
-        "status": "skipped" if diverged else "done",
-        "reason": f"diverged at step {stop}" if diverged else None,
+        "status": "skipped" if reason else "done",
+        "reason": reason,
+        "measurement": entry["measurement"],
+        "step": entry["step"],
+        "labels": cell["labels"],
         "images": count,
-        "seed": 0,
-        "sampler": SAMPLER,
-        "nfe": 19,
-        "weights": "ema",
-        "weights_sha256": f"{rng.integers(2**60):064x}",
-        "seconds": 0.0 if diverged else 8.0,
-        "images_per_second": None if diverged else images / 8.0,
+        "seed": cell["seed"],
+        "sampler": cell["sampler"],
+        "guidance": cell["guidance"],
+        "nfe": nfe,
+        "weights": cell["weights"],
+        "weights_sha256": f"{zlib.crc32(str(entry['step']).encode()):08x}{weights[8:]}",
+        "seconds": 0.0 if reason else 8.0,
+        "images_per_second": None if reason else count / 8.0,
         "peak_memory_mib": 300.0,
         "provenance": PROVENANCE,
     }
-    (folder / "generate" / "generate.json").write_text(json.dumps(generate), encoding="utf-8")
-    fidelity = {
-        "status": "skipped" if diverged else "done",
-        "reason": generate["reason"],
-        "metrics": {},
-        "notes": {},
-        "identity": {},
-        "provenance": PROVENANCE,
+    (place / "generate.json").write_text(json.dumps(generate), encoding="utf-8")
+    whole = (level, level / 40, 9.3 - level / 8, 0.95 - level / 60, 0.9 - level / 50)
+    values = dict(zip(METRICS, whole, strict=True))
+    own = {
+        "images": entry["images"],
+        "snapshot": "final" if entry["last"] else entry["step"],
+        **{key: cell[key] for key in ("sampler", "guidance", "weights", "labels")},
+        "nfe": nfe,
     }
-    if not diverged:
-        level = QUALITY[backbone] * EFFECT[method] * (0.94 if target == "stf" else 1.0)
-        fd = level * rng.uniform(0.95, 1.05)
-        values = dict(
-            zip(METRICS, (fd, fd / 40, 9.3 - fd / 8, 0.95 - fd / 60, 0.9 - fd / 50), strict=True)
-        )
-        for base, value in values.items():
-            name = f"{base}_digits_1797"
-            fidelity["metrics"][name] = value
-            fidelity["identity"][name] = {**identity(), "settings": {"metric": base}}
-    (folder / "evaluate" / "fidelity.json").write_text(json.dumps(fidelity), encoding="utf-8")
+    for extractor, metrics in entry["extractors"].items():
+        bases = [number for metric in metrics for number in numbers(metric, extractor)]
+        names = {base: f"{base}_{extractor}_{entry['images']}" for base in bases if not reason}
+        fidelity = {
+            "status": generate["status"],
+            "reason": reason,
+            "metrics": {name: values[base] for base, name in names.items()},
+            "notes": {},
+            "identity": {
+                name: {**identity(), **own, "extractor": extractor, "settings": {"metric": base}}
+                for base, name in names.items()
+            },
+            "provenance": PROVENANCE,
+        }
+        (place / f"{extractor}.json").write_text(json.dumps(fidelity), encoding="utf-8")
 
 
 def identity() -> dict[str, Any]:
@@ -240,7 +317,10 @@ def identity() -> dict[str, Any]:
         "reference_images": 1797,
         "sampler": SAMPLER,
         "nfe": 19,
+        "guidance": None,
         "weights": "ema",
+        "snapshot": "final",
+        "labels": "data",
         "precision": "float32",
         "tool": "torch-fidelity",
         "tool_version": "0.4.0",

@@ -87,6 +87,13 @@ def run_folder(manifest: Path, number: int = 0) -> Path:
     return manifest.parent / "runs" / entry["run"]
 
 
+def folder_of(manifest: Path, number: int = 0, place: int = 0) -> Path:
+    """The folder of a run's measurement, the main one by default."""
+    entry = json.loads(manifest.read_text())["runs"][number]
+    name = entry["measurements"][place]["measurement"]
+    return run_folder(manifest, number) / "measurements" / name
+
+
 # --- tables --------------------------------------------------------------------------------------
 
 
@@ -146,7 +153,7 @@ def test_two_ways_to_measure_never_share_a_column(tmp_path):
     def change(content):
         content["identity"][METRIC]["nfe"] = 35
 
-    edit(run_folder(manifest, 1) / "evaluate" / "fidelity.json", change)
+    edit(folder_of(manifest, 1) / "digits.json", change)
     aggregate(manifest, manifest.parent, tmp_path / "tables")
     rows = pd.read_csv(tmp_path / "tables" / "metrics.csv")
     names = sorted(name for name in set(rows["metric"]) if name.startswith(METRIC))
@@ -159,8 +166,8 @@ def test_two_ways_to_measure_never_share_a_column(tmp_path):
 
 def test_missing_and_broken_files_are_named_and_stop_nothing(tmp_path):
     manifest = small(tmp_path)
-    (run_folder(manifest, 0) / "evaluate" / "fidelity.json").unlink()
-    (run_folder(manifest, 1) / "generate" / "generate.json").unlink()
+    (folder_of(manifest, 0) / "digits.json").unlink()
+    (folder_of(manifest, 1) / "generate.json").unlink()
     (run_folder(manifest, 2) / "train" / "status.json").write_text('{"status": "do')
     (run_folder(manifest, 3) / "train" / "status.json").unlink()
     state = run_folder(manifest, 3) / "state"
@@ -170,8 +177,11 @@ def test_missing_and_broken_files_are_named_and_stop_nothing(tmp_path):
     found = gather(manifest)
     checks = dict(zip(found.qc["run"], found.qc["check"], strict=True))
     names = [run_folder(manifest, number).name for number in range(5)]
-    assert checks[names[0]] == "no evaluation"
-    assert checks[names[1]] == "no samples"
+    assert checks[names[0]] == checks[names[1]] == "missing measurements"
+    detail = found.qc.set_index("run")["detail"]
+    main = folder_of(manifest).name
+    assert detail[names[0]] == f"1 of 5: {main} (not evaluated)"
+    assert detail[names[1]] == f"1 of 5: {main} (not sampled)"
     assert "unreadable file" in set(found.qc.loc[found.qc["run"] == names[2], "check"])
     assert checks[names[3]] == "unfinished run"
     assert checks[names[4]] == "unreadable file"
@@ -194,11 +204,11 @@ def test_a_study_without_any_result_still_has_its_tables_and_report(tmp_path):
 
 def test_quality_checks_find_what_is_wrong(tmp_path):
     manifest = small(tmp_path)
-    first, second, third = (run_folder(manifest, number) for number in range(3))
-    weights = json.loads((first / "generate" / "generate.json").read_text())["weights_sha256"]
-    edit(second / "generate" / "generate.json", lambda c: c.update(weights_sha256=weights))
+    first, third = run_folder(manifest), run_folder(manifest, 2)
+    weights = json.loads((folder_of(manifest) / "generate.json").read_text())["weights_sha256"]
+    edit(folder_of(manifest, 1) / "generate.json", lambda c: c.update(weights_sha256=weights))
     edit(
-        first / "evaluate" / "fidelity.json",
+        folder_of(manifest) / "digits.json",
         lambda c: c["metrics"].update(precision_digits_1797=1.5, recall_digits_1797=None),
     )
     frame = pd.read_parquet(third / "train" / "dynamics.parquet")
@@ -369,7 +379,7 @@ def test_pairs_differ_in_one_column_alone(tables):
 def two_ways(tmp_path_factory) -> Path:
     """Two backbones, of which one was measured in half precision; returns the study.json."""
     made = small(tmp_path_factory.mktemp("ways"), backbones=("uvit", "ncsnpp"), seeds=(0, 1, 2))
-    for path in made.parent.glob("runs/ncsnpp-*/evaluate/fidelity.json"):
+    for path in made.parent.glob("runs/ncsnpp-*/measurements/*/digits.json"):
         content = json.loads(path.read_text())
         for identity in content["identity"].values():
             identity["precision"] = "bf16"
@@ -521,8 +531,10 @@ def texts(figure) -> str:
 
 
 def test_every_figure_is_drawn_and_says_what_it_is_made_of(tables, drawn):
-    without_probe = {name for name, one in figures.FIGURES.items() if one.probe is None}
+    without_probe = {name for name, one in figures.FIGURES.items() if one.applies(tables)}
     assert {path.stem for path in drawn.glob("*.svg")} == without_probe
+    assert {"quality_over_training", "quality_over_kappa"} < without_probe
+    assert "quality_over_guidance" not in without_probe
     some = tables.only(family=["udit", "ncsnpp"], skip_scaling=["none", "ls"])
     for name in sorted(without_probe):
         small_print = texts(figures.FIGURES[name](some)).replace("\n", " ")
@@ -624,8 +636,7 @@ def test_the_report_is_one_file_that_needs_nothing_else(tree, drawn, tmp_path):
     assert set(re.findall(r'(?:src|href)="([^"#]{1,30})', page)) == {
         *("data:image/svg+xml;base64,PD94", "notebooks/overview.html")
     }
-    shown = {name for name, one in figures.FIGURES.items() if one.probe is None}
-    assert page.count('src="data:image/') == len(shown)
+    assert page.count('src="data:image/') == len(list(drawn.glob("*.svg")))
     assert "more" not in {one.section for one in figures.FIGURES.values()}
     assert "100 runs of 50 arms, 97 finished, 2 diverged, 1 missing or unfinished" in page
     assert "1 of 100 runs has no metrics yet" in page
@@ -805,6 +816,9 @@ def test_every_figure_and_table_of_the_workflow_has_a_caption():
         assert not caption.startswith("Drawn from"), name
         captions.add(caption)
     assert len(captions) == len(figures.FIGURES)
-    for name in ("summary", "comparisons", "stability", "measures", "cost", "qc"):
+    for name in (
+        *("summary", "comparisons", "measurements", "curves"),
+        *("stability", "measures", "cost", "qc"),
+    ):
         assert name in TABLES
         assert (ROOT / "workflow" / "report" / f"{name}.rst").is_file()

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from miniature import base
+from miniature import base, measured
 
 from study.arms import remarks, runs
 from study.backbones import build
@@ -57,8 +57,7 @@ def test_what_cannot_change_numbers_keeps_names():
         title="another",
         machine={"gpus": 4, "threads": 8, "micro_batch": 2, "log_every": 1},
         dataset__note="a note",
-        generation__seed=7,
-        evaluation__metrics=["fd"],
+        **measured(seeds=7, metrics=["fd"]),
     )
     other["backbones"] = {"vit": {"family": "uvit", "preset": "tiny"}}
     other["grid"]["backbone"] = ["vit"]
@@ -160,13 +159,6 @@ def test_the_order_of_splits_and_models_that_are_the_default_keep_names():
     assert names(listed) == names(split)
     turned = changed(formulation=split["formulation"], training__models=same[::-1])
     assert not names(turned) & names(split)
-
-
-def test_defaults_of_samplers_written_out_keep_what_samples_depend_on():
-    short = load(changed(generation={"sampler": "edm_heun"})).generation
-    whole = {"kind": "edm_heun", "steps": 18, "rho": 7.0, "S_churn": 0.0}
-    long = load(changed(generation={"sampler": whole, "seed": 0, "batch": 8})).generation
-    assert short.protocol() == long.protocol() == {"sampler": {"kind": "edm_heun"}}
 
 
 def test_a_fixed_average_is_another_setting_than_the_default():

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
-from miniature import base
+from miniature import base, measured
 
 from study import cli
 from study.arms import runs
@@ -62,9 +62,9 @@ MISTAKES = [
     ),
     ({"grid": {"backbone": ["uvit"], "skip_scaling": ["cs(x)"]}}, "'x' is not a number"),
     ({"grid": {"backbone": ["uvit"], "target": ["stf(4)"]}}, "fewer reference images than"),
-    ({"generation": {"sampler": {"kind": "heun"}}}, "kind 'heun' is unknown; allowed: edm_heun"),
+    (measured(sampler={"kind": "heun"}), "kind 'heun' is unknown; allowed: edm_heun"),
     (
-        {"generation": {"sampler": {"kind": "edm_heun", "step": 3}}},
+        measured(sampler={"kind": "edm_heun", "step": 3}),
         "step: unknown key; did you mean 'steps'?",
     ),
     ({"backbones": {"uvit": {"preset": "huge-ish"}}}, "backbones.uvit.preset: 'huge-ish'"),
@@ -79,7 +79,7 @@ MISTAKES = [
     ({"dataset": {"name": "x", "source": "zip"}}, "source zip needs dataset.path"),
     ({"study": "a/b"}, "study: string should match pattern"),
     ({"grid": {"backbone": []}}, "grid.backbone:"),
-    ({"generation": {**base()["generation"], "guidance": 1.5}}, "needs training.conditional"),
+    (measured(guidance=1.5), "protocols.final.guidance needs training.conditional"),
     (
         {"backbones": {"uvit": {"preset": "tiny", "options": {"patch_size": 3}}}},
         "patch_size 3 does not divide resolution 8",

@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import draw
+from miniature import base
 from PIL import Image
 
 from study.cli import app
 from study.files import UserError, read_json, sha256, write_json
-from study.ledger import contents, owner
+from study.ledger import checks, contents, owner
+from study.spec.study import load
 
 
 def images(folder: Path, count: int = 3, seed: int = 0) -> Path:
@@ -282,3 +284,42 @@ def test_of_another_machine_nothing_is_known():
 
 def test_nobody_survives_the_start_of_the_machine():
     assert owner.lives({**owner.me(), "boot": "former", "since": 1.0}) is False
+
+
+OLDER = {
+    "study": "older",
+    "dataset": {"name": "digits", "source": "digits"},
+    "evaluation": {"extractor": "digits"},
+}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"config": OLDER},
+        {"config": OLDER | {"evaluation": {"extractor": "digits", "reference": None}}},
+        {"config": {"study": "older", "dataset": "digits"}},
+        {"config": {"study": "older"}},
+        {"runs": []},
+        [],
+    ],
+)
+def test_a_study_that_an_older_version_described_keeps_none_from_running(tmp_path, content):
+    (tmp_path / "older").mkdir()
+    (tmp_path / "older/study.json").write_text(json.dumps(content))
+    checks.check_shared(load(base()), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "words"),
+    [
+        ("dataset", {"resolution": 4}, "dataset.name: 'digits' is a data set of"),
+        ("evaluation", {"seed": 3}, "has trained the classifier of 'digits' with seed 3"),
+    ],
+)
+def test_what_an_older_version_means_by_a_name_is_known(tmp_path, section, change, words):
+    (tmp_path / "older").mkdir()
+    content = {"config": OLDER | {section: OLDER[section] | change}}
+    (tmp_path / "older/study.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        checks.check_shared(load(base()), tmp_path)

@@ -193,9 +193,9 @@ def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
         "from study.ledger import devices; devices.PATIENCE = 0.2; "
         "from study.cli import main; main()"
     )
-    protocol = '{"sampler": {"kind": "edm_heun"}}'
-    arguments = ["generate", "--run-dir", str(tmp_path), "--protocol", protocol, "--gpus", "1"]
-    arguments += ["--data", "none.zip", "--out", str(tmp_path / "generate")]
+    wanted = '{"sampler": {"kind": "edm_heun"}}'
+    arguments = ["generate", "--run-dir", str(tmp_path), "--measurement", wanted, "--gpus", "1"]
+    arguments += ["--data", "none.zip", "--out", str(tmp_path / "measurements/m")]
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     slots = temporary / f"longskip-gpus-{os.getuid()}"

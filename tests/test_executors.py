@@ -56,7 +56,7 @@ def made_by(run_study, results: Path) -> dict[str, bytes]:
     """Run a study of one run, and the bytes of what is a function of its settings alone."""
     run_study()
     (run,) = (results / "runs").iterdir()
-    files = [*run.glob("train/*.safetensors"), *run.glob("generate/samples.npz")]
+    files = [*run.glob("train/*.safetensors"), *run.glob("measurements/*/samples.npz")]
     return {path.name: path.read_bytes() for path in files}
 
 
@@ -64,7 +64,7 @@ def test_jobs_of_an_executor_make_what_local_ones_make(project, submitted):
     """A study that is not ``config.yaml``, and has other settings of the same names."""
     study = yaml.safe_load((project.folder / SMOKE).read_text())
     study |= {"study": "other", "grid": TINY, "arms": [], "probes": []}
-    study["generation"]["images"] = 16
+    study["protocols"]["final"]["images"] = 16
     file, results = project.folder / "my study.yaml", project.folder / "results/other"
     flags = ("--until", "generate", "--configfile", file.name)
     file.write_text(text := yaml.safe_dump(study))
@@ -283,9 +283,9 @@ def test_a_stage_without_room_says_so_in_one_line(tmp_path):
 
 def test_a_stage_that_may_not_write_says_so_in_one_line(tmp_path):
     (tmp_path / "run").touch()
-    folders = ["--run-dir", tmp_path / "run", "--out", tmp_path / "run/generate"]
-    protocol = '{"sampler": {"kind": "edm_heun"}}'
-    command = [sys.executable, "-m", "study", "generate", "--protocol", protocol]
+    folders = ["--run-dir", tmp_path / "run", "--out", tmp_path / "run/measurements/m"]
+    measurement = '{"sampler": {"kind": "edm_heun"}}'
+    command = [sys.executable, "-m", "study", "generate", "--measurement", measurement]
     command += ["--data", "none.zip"]
     done = subprocess.run(
         [*command, *folders],

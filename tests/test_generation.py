@@ -15,16 +15,17 @@ from study.fidelity.reference import make_reference
 from study.files import UserError, read_json
 from study.sampling import draw as generation
 from study.sampling.draw import generate, tile, to_uint8
+from study.spec.measuring import Measurement
 from study.spec.study import load
 from study.training import train
 
-PROTOCOL = {
-    "sampler": {"kind": "edm_heun", "steps": 3},
-    "images": 24,
-    "seed": 0,
-    "weights": "ema",
-    "guidance": None,
-}
+
+def samples_of(**keys) -> Measurement:
+    """A measurement of 24 samples."""
+    return Measurement(**{"sampler": {"kind": "edm_heun", "steps": 3}, "images": 24, **keys})
+
+
+PLAIN = samples_of()
 
 
 def trained(folder: Path, data: Path, **training) -> Path:
@@ -40,8 +41,7 @@ def trained(folder: Path, data: Path, **training) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 40}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 40}, path)
     return path
 
 
@@ -60,7 +60,7 @@ def test_samples_of_an_average_that_has_not_begun_say_so(tmp_path, data):
     told = "the average still holds 99 % of the initial weights"
     folder = trained(tmp_path, data, ema={"rate": 0.995})
     for weights, remark in (("ema", told), ("raw", None)):
-        generate(folder, {**PROTOCOL, "weights": weights}, data, tmp_path / weights)
+        generate(folder, samples_of(weights=weights), data, tmp_path / weights)
         assert read_json(tmp_path / weights / "generate.json").get("remark") == remark
         make_reference(data, "pixels", None, tmp_path / "reference")
         found = evaluate(
@@ -78,7 +78,7 @@ def samples(folder: Path) -> np.ndarray:
 
 
 def test_samples_grid_and_facts(run, data, tmp_path):
-    result = generate(run, PROTOCOL, data, tmp_path)
+    result = generate(run, PLAIN, data, tmp_path)
     with np.load(tmp_path / "samples.npz") as file:
         assert file["arr_0"].shape == (24, 8, 8, 1)
         assert file["arr_0"].dtype == np.uint8
@@ -89,15 +89,15 @@ def test_samples_grid_and_facts(run, data, tmp_path):
 
 
 def test_batch_size_changes_no_sample_beyond_rounding(run, data, tmp_path):
-    generate(run, PROTOCOL, data, tmp_path / "a", batch=24)
-    generate(run, PROTOCOL, data, tmp_path / "b", batch=5)
+    generate(run, PLAIN, data, tmp_path / "a", batch=24)
+    generate(run, PLAIN, data, tmp_path / "b", batch=5)
     difference = samples(tmp_path / "a").astype(int) - samples(tmp_path / "b").astype(int)
     assert np.abs(difference).max() <= 1
 
 
 def test_a_sample_belongs_to_its_seed(run, data, tmp_path):
-    generate(run, PROTOCOL, data, tmp_path / "a")
-    generate(run, {**PROTOCOL, "seed": 4}, data, tmp_path / "b")
+    generate(run, PLAIN, data, tmp_path / "a")
+    generate(run, samples_of(seed=4), data, tmp_path / "b")
     difference = samples(tmp_path / "a")[4:].astype(int) - samples(tmp_path / "b")[:20].astype(int)
     assert np.abs(difference).max() <= 1
     assert (samples(tmp_path / "a") != samples(tmp_path / "b")).any()
@@ -105,13 +105,13 @@ def test_a_sample_belongs_to_its_seed(run, data, tmp_path):
 
 def test_the_same_command_gives_the_same_bytes(run, data, tmp_path):
     for name in ("a", "b"):
-        generate(run, PROTOCOL, data, tmp_path / name)
+        generate(run, PLAIN, data, tmp_path / name)
     for name in ("samples.npz", "grid.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_an_interrupted_generation_goes_on_where_it_was(run, data, tmp_path, monkeypatch):
-    whole = {**PROTOCOL, "seed": 100}
+    whole = samples_of(seed=100)
     generate(run, whole, data, tmp_path / "whole", batch=6)
     calls = []
 
@@ -137,17 +137,16 @@ def test_parts_of_another_protocol_are_not_used(run, data, tmp_path, monkeypatch
 
     monkeypatch.setattr(generation, "to_uint8", stop)
     with pytest.raises(KeyboardInterrupt):
-        generate(run, PROTOCOL, data, tmp_path / "a", batch=6)
+        generate(run, PLAIN, data, tmp_path / "a", batch=6)
     monkeypatch.undo()
-    generate(run, {**PROTOCOL, "seed": 50}, data, tmp_path / "b", batch=6)
-    generate(run, {**PROTOCOL, "seed": 50}, data, tmp_path / "c", batch=6)
+    generate(run, samples_of(seed=50), data, tmp_path / "b", batch=6)
+    generate(run, samples_of(seed=50), data, tmp_path / "c", batch=6)
     assert (samples(tmp_path / "b") == samples(tmp_path / "c")).all()
 
 
 def test_guidance_changes_samples_of_a_conditional_run(conditional, data, tmp_path):
-    plain = generate(conditional, PROTOCOL, data, tmp_path / "plain")
-    strong = {**PROTOCOL, "guidance": 3.0}
-    guided = generate(conditional, strong, data, tmp_path / "guided")
+    plain = generate(conditional, PLAIN, data, tmp_path / "plain")
+    guided = generate(conditional, samples_of(guidance=3.0), data, tmp_path / "guided")
     assert (plain["nfe"], guided["nfe"]) == (5, 10)
     assert (samples(tmp_path / "plain") != samples(tmp_path / "guided")).any()
     labels = np.load(tmp_path / "plain/samples.npz")["arr_1"]
@@ -158,7 +157,7 @@ def test_guidance_changes_samples_of_a_conditional_run(conditional, data, tmp_pa
 def test_as_many_images_as_the_data_set_with_its_class_proportions(conditional, data, tmp_path):
     from study.data import Archive
 
-    generate(conditional, {**PROTOCOL, "images": None}, data, tmp_path)
+    generate(conditional, samples_of(images=None), data, tmp_path)
     labels = np.load(tmp_path / "samples.npz")["arr_1"]
     assert sorted(labels) == sorted(Archive(data).labels)
 
@@ -169,7 +168,7 @@ def test_a_diverged_run_gives_no_images_and_says_so(run, data, tmp_path):
     status = read_json(run / "train/status.json")
     status |= {"status": "diverged", "step": 7, "reason": "loss spike"}
     (folder / "train/status.json").write_text(json.dumps(status))
-    generate(folder, PROTOCOL, data, tmp_path / "out")
+    generate(folder, PLAIN, data, tmp_path / "out")
     assert samples(tmp_path / "out").shape == (0, 8, 8, 1)
     facts = read_json(tmp_path / "out/generate.json")
     assert facts["status"] == "skipped"
@@ -183,14 +182,14 @@ def test_missing_and_misfitting_weights_are_named(run, data, tmp_path):
     status = read_json(run / "train/status.json")
     (folder / "train/status.json").write_text(json.dumps(status))
     with pytest.raises(UserError, match=r"weights.safetensors: missing; train the run again"):
-        generate(folder, PROTOCOL, data, tmp_path / "out")
+        generate(folder, PLAIN, data, tmp_path / "out")
     status["spec"]["backbone"]["options"]["depth"] = 6
     (folder / "train/status.json").write_text(json.dumps(status))
     (folder / "train/weights.safetensors").write_bytes(
         (run / "train/weights.safetensors").read_bytes()
     )
     with pytest.raises(UserError, match=r"weights.safetensors: "):
-        generate(folder, PROTOCOL, data, tmp_path / "out")
+        generate(folder, PLAIN, data, tmp_path / "out")
 
 
 def test_values_outside_the_range_are_clipped():

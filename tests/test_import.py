@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from miniature import base
+from miniature import base, measured
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
@@ -31,7 +31,7 @@ from study.ledger import digest
 from study.network import build_network
 from study.parity import official
 from study.sampling.draw import generate
-from study.spec.measuring import Generation
+from study.spec.measuring import Measurement
 from study.spec.run import Spec
 from study.spec.study import load
 
@@ -420,10 +420,8 @@ def test_tensors_that_share_storage_or_are_half_precision(tmp_path, digits, edm)
 # --- what a run folder is for ------------------------------------------------------------------
 
 
-def protocol(**changes):
-    sampler = {"kind": "edm_heun", "steps": 2}
-    settings = {"sampler": sampler, "images": 6, **changes}
-    return Generation(**settings).model_dump(mode="json")
+def six_samples(**sampler):
+    return Measurement(sampler=sampler or {"kind": "edm_heun", "steps": 2}, images=6)
 
 
 @pytest.mark.parametrize("kind", ["dynamics", "robustness", "representation"])
@@ -446,16 +444,16 @@ def test_imported_run_generates_and_is_measured(tmp_path, digits, edm):
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     run = tmp_path / "run"
     import_checkpoint(tmp_path / "a.pkl", run, data=digits)
-    result = generate(run, protocol(), digits, run / "generate")
+    measurement = six_samples()
+    folder = run / "measurements" / measurement.name
+    result = generate(run, measurement, digits, folder)
     assert result["images"] == 6
-    made = np.load(run / "generate" / "samples.npz")["arr_0"]
+    made = np.load(folder / "samples.npz")["arr_0"]
     assert made.shape == (6, 8, 8, 1) and made.std() > 0
     make_reference(digits, "pixels", None, tmp_path / "reference")
     settings = {"extractor": "pixels", "metrics": ["fd"]}
-    evaluate(
-        run / "generate" / "samples.npz", tmp_path / "reference", settings, run / "fidelity.json"
-    )
-    assert read_json(run / "fidelity.json")["metrics"]["fd_pixels_6"] > 0
+    evaluate(folder / "samples.npz", tmp_path / "reference", settings, folder / "pixels.json")
+    assert read_json(folder / "pixels.json")["metrics"]["fd_pixels_6"] > 0
 
 
 def test_logs_are_there_and_empty(tmp_path, digits):
@@ -476,7 +474,7 @@ def study(**arm):
     content = base()
     del content["grid"]
     content["formulation"] = {"kind": "vpsde"}
-    content["generation"]["sampler"] = {"kind": "dpm_solver", "steps": 4}
+    content |= measured(sampler={"kind": "dpm_solver", "steps": 4})
     arm = {"backbone": "uvit", "checkpoint": "weights/nnet_ema.pth", **arm}
     return content | {"arms": [arm]}
 
@@ -594,10 +592,11 @@ def test_arm_of_a_study_from_import_to_samples(tmp_path, digits, capsys):
     from study.ledger.status import outdated
 
     assert outdated(run, written) == ""
-    settings = protocol(sampler={"kind": "dpm_solver", "steps": 4})
-    result = generate(tmp_path / run.name, settings, digits, tmp_path / "generate")
+    measurement = six_samples(kind="dpm_solver", steps=4)
+    folder = tmp_path / run.name / "measurements" / measurement.name
+    result = generate(tmp_path / run.name, measurement, digits, folder)
     assert result["status"] == "done"
-    assert len(np.load(tmp_path / "generate" / "samples.npz")["arr_0"]) == 6
+    assert len(np.load(folder / "samples.npz")["arr_0"]) == 6
 
 
 def test_another_file_than_the_named_one_is_refused(tmp_path, digits):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Project
-from miniature import base
+from miniature import base, measured
 from pydantic import BaseModel
 
 from study import cli
@@ -226,7 +226,8 @@ def test_no_number_may_be_infinite(model, value):
 
 def test_an_upper_bound_may_be_infinite():
     sampler = {"kind": "edm_heun", "S_churn": 1.0, "S_max": math.inf}
-    assert load(changed(generation={"sampler": sampler})).generation.sampler.S_max == math.inf
+    study = load({**base(), **measured(sampler=sampler)})
+    assert study.protocols["final"].sampler[0].S_max == math.inf
 
 
 # --- values ----------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ CHECKPOINT = {"backbone": "uvit", "checkpoint": "weights.pth"}
 
 
 def sampler(**options) -> dict:
-    return {"generation": {"sampler": options}}
+    return measured(sampler=options)
 
 
 def arm(**keys) -> dict:
@@ -261,7 +262,7 @@ VALUES = [
     (sampler(kind="ddim", schedule="linear0"), "a last beta of 0"),
     (sampler(kind="euler_maruyama", t_start=0.1, t_end=0.2), "t_end 0.2 is not below t_start"),
     (sampler(kind="edm_ablation", sigma_min=90.0), "sigma_min 90 is not below sigma_max 80"),
-    (sampler(kind="edm_heun", steps=10**9), "generation.sampler.steps: input should be less"),
+    (sampler(kind="edm_heun", steps=10**9), "protocols.final.sampler.steps: input should be less"),
     ({"formulation": {"kind": "ddpm", "schedule": "linear5"}}, "has betas above 1"),
     ({"formulation": {"kind": "ddpm", "splits": [1e9]}}, "splits: part 0 is empty"),
     ({"formulation": {"kind": "ddpm", "splits": [1.0, 1.0]}}, "one of them is given twice"),
@@ -307,7 +308,7 @@ VALUES = [
     ({"dataset": {"name": "x", "source": "zip", "path": ""}}, "dataset.path: string should have"),
     ({"dataset": {"name": "x", "source": "digits", "split": "val"}}, "has only null, train, all"),
     ({"probes": [{"kind": "dynamics", "samples": "512"}]}, "probes[0].samples: '512' is text"),
-    ({"evaluation": {"extractor": "pixels", "metrics": ["fd", "fd"]}}, "lists one twice"),
+    (measured(metrics=["fd", "fd"]), "lists one twice"),
     (
         {
             "backbones": {"uvit": {"family": "ddpmpp", "options": {"model_channels": 18}}},
@@ -427,8 +428,6 @@ IDLE = [
         {"dataset": {"name": "d", "source": "latents", "path": "/x", "crop": "center"}},
         "crop cannot act",
     ),
-    ({"evaluation": {"extractor": "digits", "weights": "w.pth"}}, "weights cannot act"),
-    ({"evaluation": {"extractor": "pixels", "metrics": ["fd"], "seed": 1}}, "seed cannot act"),
 ]
 
 
@@ -450,7 +449,8 @@ def test_a_key_that_cannot_act_is_refused(change, words):
 
 
 def test_a_key_that_cannot_act_may_stand_at_its_default():
-    content = changed(generation={"sampler": {"kind": "edm_heun", "S_noise": 1.0, "S_max": "inf"}})
+    sampler = {"kind": "edm_heun", "S_noise": 1.0, "S_max": "inf"}
+    content = {**base(), **measured(sampler=sampler)}
     content["grid"] = {"backbone": ["uvit"], "skip_scaling": [{"method": "none", "kappa": 0.7}]}
     assert len(runs(load(content))) == 1
 
@@ -460,20 +460,22 @@ def test_home_is_known_in_every_path(monkeypatch):
     images = {"name": "i", "source": "folder", "path": "~/images", "resolution": 8}
     study = load(
         changed(
-            dataset={"name": "x", "source": "latents", "path": "~/latents"},
-            generation={
-                "sampler": "edm_heun",
+            dataset={
+                "name": "x",
+                "source": "latents",
+                "path": "~/latents",
                 "decoder": {"weights": "~/decoder.pt", "scale": 1.0},
+                "reference": images,
             },
-            evaluation={"extractor": "inception", "weights": "~/fid.pth", "reference": images},
+            **measured(extractors={"kind": "inception", "weights": "~/fid.pth"}),
             arms=[{"backbone": "uvit", "checkpoint": "~/w.pth"}],
         )
     )
     assert [
         study.dataset.path,
-        study.generation.decoder.weights,
-        study.evaluation.weights,
-        study.evaluation.reference.path,
+        study.dataset.decoder.weights,
+        study.extractors["inception"].weights,
+        study.dataset.reference.path,
         study.arms[0].checkpoint.path,
     ] == [
         f"/home/someone/{name}" for name in ("latents", "decoder.pt", "fid.pth", "images", "w.pth")
@@ -510,7 +512,7 @@ def test_missing_files_are_named_until_their_work_is_done(tmp_path):
     study = load(
         changed(
             dataset={"name": "x", "source": "folder", "path": str(tmp_path / "images")},
-            evaluation={"extractor": "inception", "weights": str(tmp_path / "fid.pth")},
+            **measured(extractors={"kind": "inception", "weights": str(tmp_path / "fid.pth")}),
             grid={"backbone": ["uvit"]},
             arms=[{"name": "theirs", "backbone": "uvit", "checkpoint": str(tmp_path / "w.pth")}],
         )
@@ -521,15 +523,16 @@ def test_missing_files_are_named_until_their_work_is_done(tmp_path):
     def lines() -> list[str]:
         return [line.split(":")[0] for line in checks.missing_files(study, found, results)]
 
-    assert lines() == ["dataset.path", "evaluation.weights", "theirs"]
+    assert lines() == ["dataset.path", "extractor inception", "theirs"]
     (tmp_path / "images").mkdir()
-    assert lines() == ["evaluation.weights", "theirs"]
+    assert lines() == ["extractor inception", "theirs"]
     theirs = next(run.name for run in found.values() if run.display == "theirs")
     for name in found:
-        for made in ("train/status.json", "evaluate/fidelity.json"):
+        (measurement,) = found[name].measurements
+        for made in ("train/status.json", f"measurements/{measurement.name}/inception.json"):
             path = results / "tiny/runs" / name / made
             path.parent.mkdir(parents=True, exist_ok=True)
-            if made.startswith("evaluate") or name == theirs:
+            if made.startswith("measurements") or name == theirs:
                 path.touch()
     assert lines() == []
 
@@ -542,18 +545,19 @@ def test_a_converted_data_set_is_compared_with_the_settings(tmp_path):
     archive = tmp_path / "datasets/own.zip"
     archive.parent.mkdir()
     small = {"name": "own", "source": "digits", "max_images": 40}
-    convert(load(changed(dataset=small)).dataset.model_dump(mode="json"), archive)
+    convert(small, archive)
     study = load(content)
     with pytest.raises(UserError, match=r"stf\(60\): data set own has only 40 images"):
         checks.check(study, runs(study), tmp_path)
     reference = {"name": "r", "source": "folder", "path": "r", "resolution": 16}
     content["grid"]["target"] = ["dsm"]
-    content["evaluation"] = {"extractor": "pixels", "metrics": ["fd"], "reference": reference}
+    content["dataset"]["reference"] = reference
+    content |= measured(extractors="pixels", metrics=["fd"])
     study = load(content)
     words = "r has resolution 16, but the samples are like own, whose resolution is 8"
     with pytest.raises(UserError, match=words):
         checks.check(study, runs(study), tmp_path)
-    content["evaluation"]["reference"] |= {"resolution": 8, "color": "grey"}
+    content["dataset"]["reference"] |= {"resolution": 8, "color": "grey"}
     study = load(content)
     assert checks.check(study, runs(study), tmp_path) == []
     (line,) = checks.kept_archives(study, tmp_path)
@@ -565,14 +569,14 @@ def test_a_stale_archive_decides_nothing(tmp_path):
     archive = tmp_path / "datasets/own.zip"
     archive.parent.mkdir()
     small = {"name": "own", "source": "digits", "max_images": 40}
-    convert(load(changed(dataset=small)).dataset.model_dump(mode="json"), archive)
+    convert(small, archive)
     own = {"name": "own", "source": "folder", "path": str(tmp_path), "color": "grey"}
     own["resolution"] = 16
     reference = {"name": "r", "source": "folder", "path": "r", "color": "grey", "resolution": 16}
     content = changed(
-        dataset=own,
+        dataset={**own, "reference": reference},
         grid={"backbone": ["uvit"], "target": ["stf(60)"]},
-        evaluation={"extractor": "pixels", "metrics": ["fd"], "reference": reference},
+        **measured(extractors="pixels", metrics=["fd"]),
     )
     study = load(content)
     assert checks.check(study, runs(study), tmp_path) == []
@@ -580,8 +584,7 @@ def test_a_stale_archive_decides_nothing(tmp_path):
 
 def test_a_reference_of_another_shape_is_known_from_the_settings(tmp_path):
     reference = {"name": "r", "source": "folder", "path": "r", "resolution": 8, "color": "rgb"}
-    evaluation = {"extractor": "pixels", "metrics": ["fd"], "reference": reference}
-    study = load(changed(evaluation=evaluation))
+    study = load(changed(dataset__reference=reference))
     with pytest.raises(UserError, match="r has channels 3, but the samples are like digits"):
         checks.check(study, runs(study), tmp_path)
 
@@ -603,10 +606,10 @@ def test_the_workflow_says_in_one_line_that_it_cannot_read_its_file(encoding, wo
 
 
 def test_a_missing_weights_file_ends_the_dry_run_with_its_name(project: Project):
-    content = changed(evaluation={"extractor": "inception", "weights": "/no/where.pth"})
+    content = changed(**measured(extractors={"kind": "inception", "weights": "/no/where.pth"}))
     path = Path(project.folder / "wrong.yaml")
     path.write_text(json.dumps(content))
     done = Project(project.folder, "wrong.yaml").snakemake("-n", "--cores", "1")
     assert done.returncode
     last = done.stderr.splitlines()[-1]
-    assert last == "study: evaluation.weights: /no/where.pth: no such file or folder"
+    assert last == "study: extractor inception: weights: /no/where.pth: no such file or folder"

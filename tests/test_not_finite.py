@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.text import Text
-from miniature import base
+from miniature import base, measured
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -27,6 +27,7 @@ from study.pictures import crossed, in_order
 from study.probes.base import probe
 from study.sampling.decoder import load_decoder
 from study.sampling.draw import generate
+from study.spec.measuring import Measurement
 from study.spec.study import load
 from study.training import train
 
@@ -34,13 +35,8 @@ SOUND, LOST, BROKEN = "none", "ls", "cs(0.7)"
 """Scalings of the runs: a sound one, one that cannot draw a class, one with a broken weight."""
 
 IMAGES, CLASS = 40, 3
-PROTOCOL = {
-    "sampler": {"kind": "edm_heun", "steps": 3},
-    "images": IMAGES,
-    "seed": 5,
-    "weights": "ema",
-    "guidance": None,
-}
+SAMPLES = Measurement(sampler={"kind": "edm_heun", "steps": 3}, images=IMAGES, seed=5)
+FOLDER = f"measurements/{SAMPLES.name}"
 
 
 def change(path: Path, key: str, row, value: float) -> None:
@@ -60,7 +56,9 @@ def study(tmp_path_factory) -> dict:
     content["grid"] = {"backbone": ["uvit"], "skip_scaling": [SOUND, LOST, BROKEN]}
     content["backbones"] = {"uvit": {"options": {"embed_dim": 16, "depth": 4, "num_heads": 2}}}
     content["training"] = {"steps": 2, "batch": 8, "lr": 1e-3, "conditional": True}
-    content["evaluation"] = {"extractor": "pixels", "metrics": ["fd", "prc"]}
+    content |= measured(
+        images=IMAGES, seeds=SAMPLES.seed, extractors="pixels", metrics=["fd", "prc"]
+    )
     content["probes"] = [{"kind": "robustness", "samples": 8}]
     declared = load(content)
     data = root / "digits.zip"
@@ -77,9 +75,11 @@ def study(tmp_path_factory) -> dict:
             change(folder / "train", "label_emb.weight", CLASS, 1e30)
         if run.axes["skip_scaling"] == BROKEN:
             change(folder / "train", "pos_embed", (0, 0, 0), math.nan)
-        generate(folder, PROTOCOL, data, folder / "generate", batch=16)
-        samples, out = folder / "generate/samples.npz", folder / "evaluate/fidelity.json"
-        evaluate(samples, root / "reference", {"metrics": ["fd", "prc"]}, out)
+        (one,) = run.measurements
+        generate(folder, one.cell, data, folder / FOLDER, batch=16)
+        asked = {"extractor": "pixels", "metrics": ["fd", "prc"]}
+        samples, out = folder / FOLDER / "samples.npz", folder / FOLDER / "pixels.json"
+        evaluate(samples, root / "reference", asked, out)
         out = folder / "probes/robustness.parquet"
         probe("robustness", data, out, {"samples": 8}, run_dir=folder)
     aggregate(results / "study.json", results, results / "tables")
@@ -92,30 +92,30 @@ def tables(study) -> Tables:
 
 
 def test_samples_are_counted_and_no_image_is_made_of_them(study):
-    facts = read_json(study[LOST] / "generate/generate.json")
-    with np.load(study[LOST] / "generate/samples.npz") as file:
+    facts = read_json(study[LOST] / FOLDER / "generate.json")
+    with np.load(study[LOST] / FOLDER / "samples.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
-    with np.load(study[SOUND] / "generate/samples.npz") as file:
+    with np.load(study[SOUND] / FOLDER / "samples.npz") as file:
         drawn = file["arr_1"]
     lost = np.flatnonzero(drawn == CLASS)
     assert 0 < len(lost) < IMAGES
     assert facts["status"] == "diverged"
     assert facts["reason"] == f"{len(lost)} of {IMAGES} samples are not finite"
     assert facts["not_finite"] == len(lost)
-    assert facts["not_finite_seeds"] == (PROTOCOL["seed"] + lost).tolist()
+    assert facts["not_finite_seeds"] == (SAMPLES.seed + lost).tolist()
     assert facts["images"] == len(images) == len(labels) == IMAGES - len(lost)
     assert CLASS not in labels
-    sound = read_json(study[SOUND] / "generate/generate.json")
+    sound = read_json(study[SOUND] / FOLDER / "generate.json")
     assert (sound["status"], sound["not_finite"], sound["reason"]) == ("done", 0, None)
 
 
 def test_the_grid_crosses_out_what_is_not_there(study):
-    facts = read_json(study[LOST] / "generate/generate.json")
-    grid = np.asarray(Image.open(study[LOST] / "generate/grid.png"))
+    facts = read_json(study[LOST] / FOLDER / "generate.json")
+    grid = np.asarray(Image.open(study[LOST] / FOLDER / "grid.png"))
     side = grid.shape[1] // 10
     place = facts["not_finite_seeds"][0] - facts["seed"]
     row, column = divmod(place, 10)
-    with Image.open(study[SOUND] / "generate/grid.png") as other:
+    with Image.open(study[SOUND] / FOLDER / "grid.png") as other:
         assert other.size == (grid.shape[1], grid.shape[0])  # no place is left out
     cell = grid[row * side :, column * (grid.shape[1] + 4) // 10 :][: side - 6, : side - 6]
     assert set(np.unique(cell)) == {90, 200}  # grey with a cross, not black
@@ -138,46 +138,46 @@ def test_interrupted_sampling_knows_what_was_lost(study, tmp_path):
     generation.to_uint8 = stops
     try:
         with pytest.raises(KeyboardInterrupt):
-            generate(folder, PROTOCOL, study["data"], tmp_path / "out", batch=16)
+            generate(folder, SAMPLES, study["data"], tmp_path / "out", batch=16)
     finally:
         generation.to_uint8 = original
-    generate(folder, PROTOCOL, study["data"], tmp_path / "out", batch=16)
+    generate(folder, SAMPLES, study["data"], tmp_path / "out", batch=16)
     for name in ("samples.npz", "grid.png"):
-        whole = study[LOST] / "generate" / name
+        whole = study[LOST] / FOLDER / name
         assert (tmp_path / "out" / name).read_bytes() == whole.read_bytes()
 
 
 def test_weights_that_are_not_finite_are_not_sampled(study, capsys):
-    facts = read_json(study[BROKEN] / "generate/generate.json")
+    facts = read_json(study[BROKEN] / FOLDER / "generate.json")
     assert (facts["status"], facts["images"]) == ("skipped", 0)
     words = "weights.safetensors: 1 weight is not finite, the first of them in pos_embed"
     assert facts["reason"] == words
-    assert np.load(study[BROKEN] / "generate/samples.npz")["arr_0"].shape == (0, 8, 8, 1)
-    generate(study[BROKEN], PROTOCOL, study["data"], study[BROKEN] / "generate")
+    assert np.load(study[BROKEN] / FOLDER / "samples.npz")["arr_0"].shape == (0, 8, 8, 1)
+    generate(study[BROKEN], SAMPLES, study["data"], study[BROKEN] / FOLDER)
     said = capsys.readouterr().err
     assert said.count(words) == 1
-    record = read_json(study[BROKEN] / "evaluate/fidelity.json")
+    record = read_json(study[BROKEN] / FOLDER / "pixels.json")
     assert (record["status"], record["reason"], record["metrics"]) == ("skipped", words, {})
 
 
 def test_no_metric_is_made_of_the_others_alone(study):
-    lost = read_json(study[LOST] / "generate/generate.json")["reason"]
-    record = read_json(study[LOST] / "evaluate/fidelity.json")
+    lost = read_json(study[LOST] / FOLDER / "generate.json")["reason"]
+    record = read_json(study[LOST] / FOLDER / "pixels.json")
     names = [f"{base}_pixels_{IMAGES}" for base in ("fd", "precision", "recall")]
     assert record["metrics"] == dict.fromkeys(names)
     assert record["notes"] == dict.fromkeys(names, lost)
     assert record["reason"] == lost
-    sound = read_json(study[SOUND] / "evaluate/fidelity.json")
+    sound = read_json(study[SOUND] / FOLDER / "pixels.json")
     assert set(sound["metrics"]) == set(names)
     assert record["identity"] == sound["identity"]
 
 
 def test_samples_that_are_not_the_described_ones_are_refused(study, tmp_path):
-    shutil.copytree(study[LOST] / "generate", tmp_path / "generate")
-    shutil.copy(study[SOUND] / "generate/samples.npz", tmp_path / "generate/samples.npz")
+    shutil.copytree(study[LOST] / FOLDER, tmp_path / "made")
+    shutil.copy(study[SOUND] / FOLDER / "samples.npz", tmp_path / "made/samples.npz")
     reference = study["data"].parent / "reference"
     with pytest.raises(UserError, match=r"not the samples that .*generate\.json describes"):
-        evaluate(tmp_path / "generate/samples.npz", reference, {}, tmp_path / "f.json")
+        evaluate(tmp_path / "made/samples.npz", reference, {}, tmp_path / "f.json")
 
 
 def test_probes_leave_out_what_is_not_finite(study, tables):
@@ -195,7 +195,7 @@ def test_probes_leave_out_what_is_not_finite(study, tables):
 
 
 def test_tables_say_not_measured_and_why(study, tables):
-    lost = read_json(study[LOST] / "generate/generate.json")["reason"]
+    lost = read_json(study[LOST] / FOLDER / "generate.json")["reason"]
     rows = tables.metrics[tables.metrics["base"] == "fd"].set_index("run")
     assert rows["status"].to_dict() == {
         study[SOUND].name: "done",
@@ -223,7 +223,7 @@ def test_pictures_and_page_show_it(study, tables, tmp_path):
     assert "not\nfinite" in texts(figures.sample_grids(tables))
     page = report(study["results"] / "study.json", study["results"], tmp_path)
     html = page.read_text(encoding="utf-8")
-    lost = read_json(study[LOST] / "generate/generate.json")["reason"]
+    lost = read_json(study[LOST] / FOLDER / "generate.json")["reason"]
     assert "The samples of 2 runs are not all finite" in html
     assert lost in html
     assert "not measured" in html
@@ -232,7 +232,7 @@ def test_pictures_and_page_show_it(study, tables, tmp_path):
 def test_status_says_why_a_finished_run_has_no_number(study):
     run = study["runs"][study[LOST].name]
     state = state_of(run, study[LOST])
-    assert state.note == read_json(study[LOST] / "generate/generate.json")["reason"]
+    assert state.note == read_json(study[LOST] / FOLDER / "generate.json")["reason"]
 
 
 def test_what_a_decoder_makes_of_latents_counts_as_well(tmp_path):
@@ -249,20 +249,18 @@ def test_what_a_decoder_makes_of_latents_counts_as_well(tmp_path):
     dataset = {"name": "z", "source": "latents", "path": str(tmp_path / "source")}
     dataset |= {"channels": 4, "resolution": 8}
     convert(dataset, tmp_path / "z.zip", tmp_path / "source")
-    settings = {"weights": str(tmp_path / "vae.pth"), "scale": 0.5}
+    decoder = {"weights": str(tmp_path / "vae.pth"), "scale": 0.5}
+    reference = {"name": "digits", "source": "digits"}
+    dataset |= {"decoder": decoder, "reference": reference}
     content = base() | {"dataset": dataset, "grid": {"backbone": ["uvit"]}}
     content["backbones"] = {"uvit": {"options": {"embed_dim": 16, "depth": 2, "num_heads": 2}}}
     content["training"] = {"steps": 2, "batch": 4, "lr": 1e-3}
-    content["generation"] |= {"decoder": settings}
-    content["evaluation"] = {
-        "extractor": "pixels",
-        "metrics": ["fd"],
-        "reference": {"name": "digits", "source": "digits"},
-    }
+    content |= measured(images=3, extractors="pixels", metrics=["fd"])
     (run,) = runs(load(content)).values()
     train(run.spec, tmp_path / "z.zip", tmp_path / "run/train", tmp_path / "run/state", threads=1)
-    protocol = {**PROTOCOL, "images": 3, "decoder": settings}
-    facts = generate(tmp_path / "run", protocol, tmp_path / "z.zip", tmp_path / "out")
+    (one,) = run.measurements
+    where = tmp_path / "run", one.cell, tmp_path / "z.zip", tmp_path / "out"
+    facts = generate(*where, decoder=decoder["weights"])
     assert facts["reason"] == "3 of 3 samples are not finite"
     assert np.load(tmp_path / "out/samples.npz")["arr_0"].shape == (0, 16, 16, 3)
     weights["decoder.conv_out.bias"][0] = math.inf

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from miniature import base
+from miniature import base, measured
 
 from study import arms
 from study.files import UserError, write_json
@@ -44,8 +44,10 @@ def finish(folder: Path, run: arms.Run, **changes) -> None:
         "provenance": {"device": "cpu"},
     }
     write_json(folder / "train/status.json", content | changes)
-    write_json(folder / "generate/generate.json", {"images_per_second": 2.0, "nfe": 5})
-    write_json(folder / "evaluate/fidelity.json", {})
+    (one,) = run.measurements
+    made = folder / "measurements" / one.name
+    write_json(made / "generate.json", {"images_per_second": 2.0, "nfe": 5})
+    write_json(made / "digits.json", {})
 
 
 def write_progress(folder: Path, **changes) -> None:
@@ -83,9 +85,10 @@ def test_fresh_progress_is_running_and_old_progress_is_stopped(run, tmp_path):
 
 def test_trained_run_waits_for_its_samples(run, tmp_path):
     finish(tmp_path, run)
-    (tmp_path / "evaluate/fidelity.json").unlink()
+    made = tmp_path / "measurements" / run.measurements[0].name
+    (made / "digits.json").unlink()
     assert status.state_of(run, tmp_path).stage == "evaluate"
-    (tmp_path / "generate/generate.json").unlink()
+    (made / "generate.json").unlink()
     found = status.state_of(run, tmp_path)
     assert (found.state, found.stage) == ("waiting", "generate")
 
@@ -104,33 +107,23 @@ def test_a_run_that_has_just_diverged_is_not_running(run, tmp_path):
     assert status.state_of(run, tmp_path, NOW + 1).state == "diverged"
 
 
-def test_samples_of_another_protocol_or_code_are_stale(run, study, tmp_path):
+def test_samples_of_other_code_and_metrics_of_another_protocol_are_stale(run, study, tmp_path):
     finish(tmp_path, run)
-    protocol = study.generation
-    made = {
-        "status": "done",
-        "sampler": protocol.sampler.model_dump(mode="json"),
-        "seed": protocol.seed,
-        "weights": protocol.weights,
-        "images": 64,
-    }
-    path = tmp_path / "generate/generate.json"
-    write_json(path, made)
-    assert status.state_of(run, tmp_path, study=study).state == "done"
-    write_json(path, made | {"seed": 7})
-    found = status.state_of(run, tmp_path, study=study)
-    assert (found.state, found.note) == ("stale", "generate: made by another protocol")
-    write_json(path, made | {"code": "0" * 16})
-    assert status.state_of(run, tmp_path, study=study).note == "generate: its code has changed"
-    write_json(path, made)
-    measured = tmp_path / "evaluate/fidelity.json"
-    write_json(measured, {"status": "done", "code": "0" * 16})
-    assert status.state_of(run, tmp_path, study=study).note == "evaluate: its code has changed"
-    write_json(measured, {"status": "done", "protocol": study.evaluation.protocol()})
-    assert status.state_of(run, tmp_path, study=study).state == "done"
-    write_json(measured, {"status": "done", "protocol": {"extractor": "inception"}})
-    found = status.state_of(run, tmp_path, study=study)
-    assert found.note == "evaluate: made by another protocol"
+    (one,) = run.measurements
+    path = tmp_path / "measurements" / one.name / "digits.json"
+
+    def note(**facts) -> str:
+        write_json(path, {"status": "done", **facts})
+        return status.state_of(run, tmp_path, study=study).note
+
+    code = digest.generation(run.spec, one.cell.sampler)
+    assert note(generation_code=code) == ""
+    assert note(generation_code="0" * 16) == "generate: its code has changed"
+    assert note(generation_code=code, code="0" * 16) == "evaluate: its code has changed"
+    asked = {"extractor": "digits", "metrics": ["fd", "kid", "is", "prc"]}
+    assert note(generation_code=code, protocol=asked) == ""
+    fewer = {**asked, "metrics": ["fd"]}
+    assert note(generation_code=code, protocol=fewer) == "evaluate: other metrics are wanted"
 
 
 def test_a_run_waits_for_its_probes(run, study, tmp_path):
@@ -251,7 +244,7 @@ def test_counts_are_kept_and_need_no_torch_again(tmp_path):
     assert said[0].splitlines()[-1] == "True"
     assert said[1].splitlines()[-1] == "False"
     assert said[0].splitlines()[:-1] == said[1].splitlines()[:-1]
-    assert "tiny: 2 runs of 2 arms, 2 of them to do" in said[0]
+    assert "tiny: 2 runs of 2 arms with 2 measurements, 2 of them to do" in said[0]
     assert "20 steps" in said[0]
 
 
@@ -316,9 +309,9 @@ def test_an_average_that_has_not_begun_is_told(tmp_path, capsys):
     planned, *states = say()
     assert planned.startswith(f"uvit · none · dsm and 1 more arms: {told}")
     assert len(states) == 2
-    content["generation"]["weights"] = "raw"
+    content |= measured(weights="raw")
     assert say() == []
-    content["generation"]["weights"] = "ema"
+    content |= measured(weights="ema")
     del content["training"]["ema"]
     assert say() == []
 
@@ -329,7 +322,8 @@ def test_an_average_that_has_not_begun_is_told(tmp_path, capsys):
 def job(folder: Path, rule: str, number: int, **options) -> progress.Job:
     log, output = folder / f"{rule}{number}.log", folder / f"{rule}{number}.out"
     options = {"kind": "uvit", "seconds": 10.0} | options
-    return progress.Job(rule, f"run{number}", str(output), str(log), **options)
+    work = folder / f"runs/run{number}/state"
+    return progress.Job(rule, work, str(output), str(log), **options)
 
 
 def touch(path: str, when: float) -> None:
@@ -455,16 +449,17 @@ def test_a_job_that_an_orphan_ends_first_is_made_again(tmp_path):
 
 
 def test_work_that_a_run_has_kept(tmp_path):
-    assert progress.kept(tmp_path) == 0
-    (tmp_path / "state/generate").mkdir(parents=True)
-    touch(str(tmp_path / "state/checkpoint.pt"), NOW)
-    first = progress.kept(tmp_path)
+    work = tmp_path / "state"
+    assert progress.kept(work) == 0
+    work.mkdir()
+    touch(str(work / "checkpoint.pt"), NOW)
+    first = progress.kept(work)
     assert first > 0
     write_progress(tmp_path)  # a step that no checkpoint holds
-    touch(str(tmp_path / "state/lock"), NOW + 1)
-    assert progress.kept(tmp_path) == first
-    touch(str(tmp_path / "state/generate/00000000.npz"), NOW + 2)
-    assert progress.kept(tmp_path) > first
+    touch(str(work / "lock"), NOW + 1)
+    assert progress.kept(work) == first
+    touch(str(work / "00000000.npz"), NOW + 2)
+    assert progress.kept(work) > first
 
 
 def test_manifest_is_written_only_when_it_changes(tmp_path):
@@ -532,5 +527,5 @@ def test_status_and_plan_say_what_checkpoints_take(study, tmp_path):
     )
     rows = plan.plan(study, tmp_path, counting=True)
     parameters = sum(row.network.parameters for row in rows)
-    last = plan.summary(study, rows)[-1]
-    assert f", checkpoints {16 * parameters / 1e6:.3g} MB of it" in last
+    said = plan.summary(study, rows)
+    assert any(f", checkpoints {16 * parameters / 1e6:.3g} MB of it" in line for line in said)

@@ -47,8 +47,7 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 64}, path)
     return path
 
 

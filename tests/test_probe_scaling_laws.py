@@ -31,8 +31,7 @@ SMALL = {"depths": (2, 6), "width": 64, "draws": 48, "directions": 2, "backbone_
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 32}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 32}, path)
     return path
 
 

@@ -22,7 +22,6 @@ from study.probes import optimal_denoiser, posterior, target_variance
 from study.probes.base import DatasetSubject, probe
 from study.probes.posterior import Points
 from study.spec.probes import OptimalDenoiser, TargetVariance
-from study.spec.study import load
 
 CPU = torch.device("cpu")
 
@@ -40,8 +39,7 @@ def brute_force(values: torch.Tensor, x: torch.Tensor, sigma: float) -> torch.Te
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 64}, path)
     return path
 
 

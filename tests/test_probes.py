@@ -24,8 +24,7 @@ from study.spec.study import load
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 64}, path)
     return path
 
 

@@ -43,8 +43,7 @@ LAUNCHED = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "digits.zip"
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 64}}).dataset
-    convert(settings.model_dump(mode="json"), path, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 64}, path)
     return path
 
 
@@ -168,18 +167,18 @@ def test_a_signal_that_is_ignored_stays_ignored():
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
 def test_other_stages_leave_at_once_and_half_written_nothing(data, plain, tmp_path, name):
     shutil.copytree(plain / "train", tmp_path / "train")
-    protocol = '{"sampler": {"kind": "edm_heun", "steps": 1000}, "images": 64}'
+    wanted = '{"sampler": {"kind": "edm_heun", "steps": 1000}, "images": 64}'
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "study", "generate", "--run-dir", str(tmp_path)),
-            *("--protocol", protocol, "--batch", "1", "--data", str(data), "--gpus", "0"),
-            *("--out", str(tmp_path / "generate"), "--threads", "1"),
+            *("--measurement", wanted, "--batch", "1", "--data", str(data), "--gpus", "0"),
+            *("--out", str(tmp_path / "measurements/m"), "--threads", "1"),
         ],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     )
-    part = tmp_path / "state/generate/00000000.npz"
+    part = tmp_path / "state/measurements/m/00000000.npz"
     wait_for(part.exists)
     process.send_signal(getattr(signal, name))
     said = process.communicate(timeout=60)[1]
@@ -189,7 +188,7 @@ def test_other_stages_leave_at_once_and_half_written_nothing(data, plain, tmp_pa
     else:
         assert process.returncode == processes.STOPPED
         assert said.endswith(f"study: stopped by {name}; the same command goes on\n")
-    assert not list((tmp_path / "generate").iterdir())
+    assert not list((tmp_path / "measurements/m").iterdir())
     assert not [path for path in (tmp_path / "state").rglob("*") if ".writing" in path.name]
     assert not (tmp_path / "state/lock").exists()
     assert part.exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, Project
-from miniature import base
+from miniature import base, measured
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +23,7 @@ from study.network import arithmetic
 from study.sampling.decoder import LatentDecoder, load_decoder
 from study.sampling.draw import generate
 from study.spec.backbones import FAMILIES
+from study.spec.measuring import Measurement
 from study.spec.study import load, read
 from study.training import Interrupted, train
 
@@ -44,11 +45,8 @@ SIZES = {
     "uvit-mscoco-deep": ("uvit", "mscoco-S2-deep"),
     "scalelong-cifar10": ("uvit", "cifar10-S2"),
     "udit-s": ("udit", "S"),
-    "udit-s-guided": ("udit", "S"),
     "udit-b": ("udit", "B"),
-    "udit-b-guided": ("udit", "B"),
     "udit-l": ("udit", "L"),
-    "udit-l-guided": ("udit", "L"),
     "patch-imagenet256": ("patch_unet", "imagenet256_p4"),
     "patch-ffhq1024": ("patch_unet", "ffhq1024_p4"),
     "patch-lsun256-p2": ("patch_unet", "lsun_p2"),
@@ -131,7 +129,7 @@ def test_network_has_as_many_parameters_as_the_released_one(name, tmp_path):
 def test_uvit_follows_the_released_configuration(name):
     facts = json.loads(FACTS.read_text())["u-vit"]["configs"][UVIT[name]]
     study = load(FILES[name])
-    training, generation = study.training, study.generation
+    training, (measurement,) = study.training, study.protocols["final"].cells()
     assert training.steps == facts["train"]["n_steps"]
     assert training.batch == facts["train"]["batch_size"]
     assert training.lr == facts["optimizer"]["lr"]
@@ -139,11 +137,12 @@ def test_uvit_follows_the_released_configuration(name):
     assert training.weight_decay == facts["optimizer"]["weight_decay"]
     assert training.warmup == facts["lr_scheduler"]["warmup_steps"]
     assert training.conditional == (facts["train"].get("mode") == "cond")
-    assert generation.images == facts["sample"]["n_samples"]
-    assert generation.sampler.steps == facts["sample"]["sample_steps"]
+    assert measurement["images"] == facts["sample"]["n_samples"]
+    assert measurement["sampler"].steps == facts["sample"]["sample_steps"]
     assert study.published.parameters == facts["n_params"]
     scale = facts["sample"].get("scale")
-    assert (generation.guidance.scale if generation.guidance else None) == scale
+    guidance = measurement["guidance"]
+    assert (guidance.scale if guidance else None) == scale
     if training.conditional:
         assert training.label_dropout == facts["dataset"].get("p_uncond", 0.0)
     if "z_shape" in facts:
@@ -162,9 +161,11 @@ def test_scalelong_is_uvit_with_five_scalings_and_two_batch_sizes():
 
 @pytest.mark.parametrize("size", "sbl")
 def test_guidance_of_udit_is_a_matter_of_sampling_alone(size):
-    plain, guided = load(FILES[f"udit-{size}"]), load(FILES[f"udit-{size}-guided"])
-    assert list(runs(plain)) == list(runs(guided))
-    assert (plain.generation.guidance.scale, guided.generation.guidance.scale) == (1.0, 1.5)
+    (run,) = runs(load(FILES[f"udit-{size}"])).values()
+    plain, guided = run.measurements
+    assert (plain.cell.guidance.scale, guided.cell.guidance.scale) == (1.0, 1.5)
+    others = {"guidance": plain.cell.guidance}
+    assert guided.cell.model_copy(update=others) == plain.cell
 
 
 def test_split_models_train_in_the_published_order():
@@ -174,7 +175,7 @@ def test_split_models_train_in_the_published_order():
     assert (first.split, second.split, second.start) == (1, 0, 1)
 
 
-@pytest.mark.parametrize("name", ["scalelong-cifar10", "udit-b-guided"])
+@pytest.mark.parametrize("name", ["scalelong-cifar10", "udit-b"])
 def test_dry_run_lists_every_job_and_names_data_that_is_not_there(name, project):
     published = Project(project.folder, f"workflow/studies/published/{name}.yaml")
     listed = published.snakemake("-n", "--cores", "2")
@@ -183,7 +184,7 @@ def test_dry_run_lists_every_job_and_names_data_that_is_not_there(name, project)
     last = listed.stderr.splitlines()[-1]
     assert (listed.returncode, last) == (2, f"study: dataset.path: {path}: no such file or folder")
     assert done["train"] == len(runs(load(FILES[name])))
-    assert done.get("convert_reference", 0) == (load(FILES[name]).evaluation.reference is not None)
+    assert done["convert"] == 1 + (load(FILES[name]).dataset.reference is not None)
 
 
 # --- study provenance ------------------------------------------------------------------------
@@ -247,14 +248,11 @@ def test_a_source_must_say_something_of_a_key_that_is_set(source, words):
 
 # --- what a published protocol asks of a study ------------------------------------------------
 
+DIGITS = base()["dataset"]
 LATENTS = {"name": "z", "source": "latents", "path": "z"}
 IMAGES = {"name": "x", "source": "folder", "path": "x"}
 DECODER = {"weights": "vae.pth", "scale": 1.0}
 DDPM = {"kind": "ddpm", "splits": [0.25]}
-
-
-def generation(**more) -> dict:
-    return {**base()["generation"], **more}
 
 
 def training(**more) -> dict:
@@ -264,19 +262,19 @@ def training(**more) -> dict:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"dataset": LATENTS}, "generation.decoder: missing; z holds latents"),
+        ({"dataset": LATENTS}, "dataset.decoder: missing; z holds latents"),
         (
-            {"dataset": LATENTS, "generation": generation(decoder=DECODER)},
-            "evaluation.reference: missing; z holds latents",
+            {"dataset": {**LATENTS, "decoder": DECODER}},
+            "dataset.reference: missing; z holds latents",
         ),
-        ({"generation": generation(decoder=DECODER)}, "generation.decoder: digits holds images"),
+        ({"dataset": {**DIGITS, "decoder": DECODER}}, "dataset.decoder: digits holds images"),
         (
-            {"evaluation": {"extractor": "pixels", "reference": {**IMAGES, "name": "digits"}}},
-            "evaluation.reference.name: 'digits' is the data set of the study",
+            {"dataset": {**DIGITS, "reference": {**IMAGES, "name": "digits"}}},
+            "dataset.reference.name: 'digits' is the name of dataset, with other settings",
         ),
-        ({"generation": generation(guidance=1.5)}, "generation.guidance needs training.cond"),
+        (measured(guidance=1.5), "protocols.final.guidance needs training.cond"),
         (
-            {"generation": generation(guidance=1.5), "training": training(conditional=True)},
+            {**measured(guidance=1.5), "training": training(conditional=True)},
             "the null label is never trained; set training.label_dropout",
         ),
         (
@@ -317,9 +315,10 @@ def test_what_cannot_be_is_one_line(change, words):
 def test_guidance_may_be_a_number_or_a_mapping():
     content = {**base(), "training": training(conditional=True, label_dropout=0.1)}
     for guidance in (1.5, {"scale": 1.5}):
-        study = load({**content, "generation": generation(guidance=guidance)})
+        study = load({**content, **measured(guidance=guidance)})
         assert runs(study)
-        assert study.generation.guidance.model_dump(mode="json") == {"scale": 1.5}
+        (one,) = study.protocols["final"].guidance
+        assert one.model_dump(mode="json") == {"scale": 1.5}
 
 
 def test_texts_are_refused_before_anything_starts():
@@ -392,14 +391,10 @@ def test_split_models_resume_to_the_same_bytes_and_sample_together(digits, tmp_p
         assert whole.read_bytes() == parts.read_bytes(), name
 
     def images() -> np.ndarray:
-        protocol = {
-            **generation(sampler={"kind": "ancestral", "respacing": "4"}, images=4),
-            "seed": 0,
-            "weights": "ema",
-            "guidance": None,
-        }
-        generate(tmp_path / "whole", protocol, digits, tmp_path / "whole/generate")
-        return np.load(tmp_path / "whole/generate/samples.npz")["arr_0"]
+        four = Measurement(sampler={"kind": "ancestral", "respacing": "4"}, images=4)
+        folder = tmp_path / "whole/measurements" / four.name
+        generate(tmp_path / "whole", four, digits, folder)
+        return np.load(folder / "samples.npz")["arr_0"]
 
     both = images()
     path = tmp_path / "whole/train/weights.safetensors"
@@ -522,24 +517,36 @@ def test_latents_become_images(decoder, tmp_path):
     dataset |= {"scale": 0.5, "channels": 4, "classes": 3, "resolution": 8}
     convert(dataset, data)
     torch.save(decoder.state_dict(), tmp_path / "vae.pth")
-    settings = {"weights": str(tmp_path / "vae.pth"), "scale": 0.5}
-    the_spec = spec(
-        "uvit",
-        {"options": {"embed_dim": 16, "depth": 2, "num_heads": 2}},
-        dataset=dataset,
-        training=training(steps=2, conditional=True, label_dropout=0.5, precision="tf32"),
-        generation=generation(decoder=settings, guidance=1.5),
-        evaluation={"extractor": "pixels", "metrics": ["fd"], "reference": IMAGES},
-    )
-    trained(tmp_path / "run", data, the_spec)
-    protocol = {**generation(images=5), "seed": 0, "weights": "ema", "guidance": {"scale": 1.5}}
-    with pytest.raises(UserError, match=r"generation\.decoder: missing"):
-        generate(tmp_path / "run", protocol, data, tmp_path / "run/generate")
-    generate(tmp_path / "run", {**protocol, "decoder": settings}, data, tmp_path / "run/generate")
-    images = np.load(tmp_path / "run/generate/samples.npz")["arr_0"]
+    vae = str(tmp_path / "vae.pth")
+    (run,) = runs(
+        load(
+            {
+                **base(),
+                "dataset": {
+                    **dataset,
+                    "reference": IMAGES,
+                    "decoder": {"weights": vae, "scale": 0.5},
+                },
+                "grid": {"backbone": ["uvit"]},
+                "backbones": {"uvit": {"options": {"embed_dim": 16, "depth": 2, "num_heads": 2}}},
+                "training": training(
+                    steps=2, conditional=True, label_dropout=0.5, precision="tf32"
+                ),
+                **measured(guidance=1.5, images=5, extractors="pixels", metrics=["fd"]),
+            }
+        )
+    ).values()
+    trained(tmp_path / "run", data, run.spec)
+    (measurement,) = run.measurements
+    folder = tmp_path / "run/measurements" / measurement.name
+    plain = measurement.cell.model_copy(update={"decoder": None})
+    with pytest.raises(UserError, match=r"dataset\.decoder: missing"):
+        generate(tmp_path / "run", plain, data, folder)
+    generate(tmp_path / "run", measurement.cell, data, folder, decoder=vae)
+    images = np.load(folder / "samples.npz")["arr_0"]
     assert images.shape == (5, 16, 16, 3) and images.dtype == np.uint8
-    facts = read_json(tmp_path / "run/generate/generate.json")
+    facts = read_json(folder / "generate.json")
     assert facts["decoder"]["scale"] == 0.5 and len(facts["decoder"]["weights_sha256"]) == 64
     assert Archive(data).moments and zipfile.is_zipfile(data)
-    with Image.open(tmp_path / "run/generate/grid.png") as grid:
+    with Image.open(folder / "grid.png") as grid:
         assert grid.width > 16

@@ -61,17 +61,23 @@ STUDY = {
     "grid": {"backbone": ["uvit"]},
     "backbones": {"uvit": {"preset": "tiny"}},
     "training": {"steps": 2, "batch": 2, "lr": 1e-3},
-    "generation": {"sampler": {"kind": "edm_heun", "steps": 2}, "images": 8},
-    "evaluation": {"extractor": "pixels", "metrics": ["fd"]},
+    "protocols": {
+        "final": {
+            "sampler": {"kind": "edm_heun", "steps": 2},
+            "images": 8,
+            "extractors": "pixels",
+            "metrics": ["fd"],
+        }
+    },
     "probes": ["robustness"],
     "notebooks": [],
 }
 
 EVERYTHING = dict.fromkeys(
-    ("convert", "reference", "train", "generate", "evaluate", "probe_robustness"), 1
+    ("convert", "reference", "train", "generate", "evaluate_pixels", "probe_robustness"), 1
 )
 
-OF_RUN = {"generate", "evaluate", "probe_robustness"}
+OF_RUN = {"generate", "evaluate_pixels", "probe_robustness"}
 
 STRICT = ("--max-checksum-file-size", "4000")
 """As if the archive, weights, samples and features were too large for Snakemake to hash."""
@@ -89,12 +95,13 @@ class Small(Project):
         # Not `study runs`, which makes the checks whose words are to be seen from snakemake.
         names = (
             "from study.arms import runs; from study.spec.study import load; "
-            "print(*runs(load({!r})))"
+            "study = load({!r}); (run,) = runs(study).values(); (one,) = run.measurements; "
+            "(kind,) = one.extractors; print(run.name, f'measurements/{{one.name}}/{{kind}}.json')"
         )
         listed = self.python("-c", names.format(self.config))
         assert listed.returncode == 0, listed.stderr
         run = f"results/{Path(self.config).stem}/runs/{listed.stdout.split()[0]}"
-        return [f"{run}/evaluate/fidelity.json", f"{run}/probes/robustness.json"]
+        return [f"{run}/{listed.stdout.split()[1]}", f"{run}/probes/robustness.json"]
 
     def make(self, *flags: str) -> subprocess.CompletedProcess:
         return self.snakemake(*self.targets(), "--cores", "2", *flags)
@@ -233,11 +240,11 @@ def test_another_reference_under_a_known_name_is_made_again(tmp_path):
     small = begin(tmp_path / "a project")
     draw(small.folder / "judges", seed=2)
     reference = {**STUDY["dataset"], "name": "judges", "path": "judges"}
-    small.write(lambda study: study["evaluation"].update(reference=reference))
+    small.write(lambda study: study["dataset"].update(reference=reference))
     assert small.make().returncode == 0
     assert small.again() == {}
     draw(small.folder / "judges", 9, seed=2)
-    assert small.again() == {"convert_reference": 1, "reference": 1, "evaluate": 1}
+    assert small.again() == {"convert": 1, "reference": 1, "evaluate_pixels": 1}
 
 
 # --- files that jobs wrote -----------------------------------------------------------------------
@@ -248,10 +255,10 @@ def test_another_reference_under_a_known_name_is_made_again(tmp_path):
     [
         (
             "results/t/runs/*/train/weights.safetensors",
-            {"generate", "evaluate", "probe_robustness"},
+            {"generate", "evaluate_pixels", "probe_robustness"},
         ),
-        ("results/t/runs/*/generate/samples.npz", {"evaluate"}),
-        ("results/datasets/mine.pixels/features.safetensors", {"evaluate"}),
+        ("results/t/runs/*/measurements/*/samples.npz", {"evaluate_pixels"}),
+        ("results/datasets/mine.pixels/features.safetensors", {"evaluate_pixels"}),
     ],
 )
 def test_a_large_file_of_other_content_makes_again_what_reads_it(small, path, expected):
@@ -292,12 +299,15 @@ def test_an_archive_whose_source_is_gone_is_not_deleted_for_a_conversion_that_mu
 
 def of_latents(study: dict) -> None:
     study["dataset"] |= {"source": "latents", "path": "latents", "labels": False}
-    study["generation"]["decoder"] = {"weights": "given", "scale": 1.0}
-    study["evaluation"]["reference"] = {**STUDY["dataset"], "name": "images"}
+    study["dataset"]["decoder"] = {"weights": "given", "scale": 1.0}
+    study["dataset"]["reference"] = {**STUDY["dataset"], "name": "images"}
 
 
 def with_inception(study: dict) -> None:
-    study["evaluation"] |= {"extractor": "inception", "weights": "given"}
+    study["protocols"]["final"]["extractors"] = {"kind": "inception", "weights": "given"}
+
+
+EXTRACTOR_WEIGHTS = ("protocols", "final", "extractors", "weights")
 
 
 def imported(study: dict) -> None:
@@ -308,8 +318,8 @@ def imported(study: dict) -> None:
 @pytest.mark.parametrize(
     ("study", "keys", "expected"),
     [
-        (of_latents, ("generation", "decoder", "weights"), {"generate", "evaluate"}),
-        (with_inception, ("evaluation", "weights"), {"reference", "evaluate"}),
+        (of_latents, ("dataset", "decoder", "weights"), {"generate", "evaluate_pixels"}),
+        (with_inception, EXTRACTOR_WEIGHTS, {"reference", "evaluate_inception"}),
         (imported, ("arms", 0, "checkpoint", "path"), {"train", *OF_RUN}),
     ],
 )
@@ -383,7 +393,7 @@ def test_a_second_study_of_other_files_under_the_same_name_is_one_line(small):
 
 def test_a_second_seed_of_the_classifier_that_studies_share_is_one_line(tmp_path):
     small = begin(tmp_path / "a project")
-    small.write(lambda study: study["evaluation"].update(extractor="digits"))
+    small.write(lambda study: study["protocols"]["final"].update(extractors="digits"))
     manifest = small.folder / "results/t/study.json"
     manifest.parent.mkdir(parents=True)
     listed = small.python(
@@ -395,10 +405,10 @@ def test_a_second_seed_of_the_classifier_that_studies_share_is_one_line(tmp_path
 
     def change(study):
         study["study"] = "u"
-        study["evaluation"] |= {"extractor": "digits", "seed": 1}
+        study["protocols"]["final"]["extractors"] = {"kind": "digits", "seed": 1}
 
     small.write(change, "u.yaml")
-    assert Small(small.folder, "u.yaml").refusal().startswith("study: evaluation.seed: results/t ")
+    assert Small(small.folder, "u.yaml").refusal().startswith("study: extractor digits: results/t ")
 
 
 # --- several Snakemakes --------------------------------------------------------------------------

@@ -14,6 +14,9 @@ import yaml
 from conftest import Project, copy_project
 from miniature import base
 
+from study.arms import runs
+from study.spec.study import load
+
 PLUGIN = (
     "snakemake-executor-plugin-slurm==2.8.0",
     "snakemake-executor-plugin-slurm-jobstep==0.6.1",
@@ -136,7 +139,9 @@ def test_stopped_cancelled_and_orphaned_training_ends_in_the_same_bytes(cluster,
         assert not re.search(r"\d left", user.said), "guessed at the queue"
 
         # Cancelled (a time limit sends the same signal): it goes on, and that is no failure.
-        target = str((run / "generate/samples.npz").relative_to(there.folder))
+        planned = runs(load(there.folder / there.config))[run.name]
+        samples = f"measurements/{planned.measurements[0].name}/samples.npz"
+        target = str((run / samples).relative_to(there.folder))
         user.start(target)
         user.run("scancel", user.pause(run))
         user.hears(f"study: train of {run.name} was stopped and will go on; not a failure")
@@ -153,5 +158,5 @@ def test_stopped_cancelled_and_orphaned_training_ends_in_the_same_bytes(cluster,
         done = here.snakemake(target, "--cores", "2", "--quiet", "rules")
         assert done.returncode == 0, done.stderr
         alike = here.results / "runs" / run.name
-        for name in ("train/weights.safetensors", "train/raw.safetensors", "generate/samples.npz"):
+        for name in ("train/weights.safetensors", "train/raw.safetensors", samples):
             assert (run / name).read_bytes() == (alike / name).read_bytes()

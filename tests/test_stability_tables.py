@@ -40,7 +40,6 @@ from study.analysis.verdicts.stability import _cells, _matrix_cell, arm_words, s
 from study.analysis.verdicts.stf import label_bias
 from study.data.convert import convert
 from study.probes.base import probe
-from study.spec.study import load
 
 ROOT = Path(__file__).parents[1]
 GRID = {"backbones": ("uvit", "udit"), "scalings": ("none", "inv_sqrt2", "cs(0.7)")}
@@ -809,9 +808,12 @@ def test_equal_weights_are_a_fault_only_between_seeds(tmp_path):
     )
     runs = json.loads(manifest.read_text())["runs"]
 
+    def folder(number: int) -> Path:
+        return manifest.parent / "runs" / runs[number]["run"] / "measurements"
+
     def share(first: int, second: int) -> None:
         paths = [
-            manifest.parent / "runs" / runs[i]["run"] / "generate" / "generate.json"
+            folder(i) / runs[i]["measurements"][0]["measurement"] / "generate.json"
             for i in (first, second)
         ]
         content = json.loads(paths[1].read_text())
@@ -844,9 +846,8 @@ def small(root: Path, **options) -> Path:
 
 
 def test_an_image_without_noise_is_no_fault(tmp_path):
-    settings = load({**base(), "dataset": {**base()["dataset"], "max_images": 16}}).dataset
     data = tmp_path / "digits.zip"
-    convert(settings.model_dump(mode="json"), data, source_path=None, on_error="fail")
+    convert({**base()["dataset"], "max_images": 16}, data)
     manifest = small(tmp_path, seeds=(0,))
     path = manifest.parent / "probes" / "optimal_denoiser.parquet"
     path.parent.mkdir()

@@ -162,8 +162,8 @@ grid: {backbone: [uvit], skip_scaling: [none], target: [dsm]}
 arms: [{name: "κ ✓ 猫", backbone: uvit, skip_scaling: ls}]
 backbones: {uvit: {preset: tiny}}
 training: {steps: 10, batch: 8, lr: 1.0e-3}
-generation: {sampler: {kind: edm_heun, steps: 3}, images: 16}
-evaluation: {extractor: pixels, metrics: [fd]}
+protocols:
+  final: {sampler: {kind: edm_heun, steps: 3}, images: 16, extractors: pixels, metrics: [fd]}
 """
 
 

@@ -2,9 +2,12 @@
 
 import csv
 import fcntl
+import importlib
+import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 AFTERWARDS = {"aggregate": 1, "figures": 1, "notebook": 1, "report": 1}
 """Jobs that follow whenever the study as a whole has changed."""
 
-ONE_RUN = {"train": 1, "generate": 1, "evaluate": 1, "probe_robustness": 1}
+ONE_RUN = {"train": 1, "generate": 1, "evaluate_digits": 1, "probe_robustness": 1}
 """Jobs of one run."""
 
 
@@ -43,6 +46,11 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 def number_of_runs(project: Project) -> int:
     return len(list((project.results / "runs").iterdir()))
+
+
+def number_of_measurements(project: Project) -> int:
+    listed = project.study("runs", "--config", SMOKE, "--measurements").stdout.splitlines()
+    return sum(line.startswith("  ") for line in listed)
 
 
 # --- what it makes ---------------------------------------------------------------------------
@@ -78,9 +86,15 @@ def test_every_result_says_where_it_came_from(finished):
         status = json.loads((folder / "train" / "status.json").read_text())
         assert status["run"] == folder.name
         assert status["code"]
-        for name in ("train/status.json", "generate/generate.json", "evaluate/fidelity.json"):
-            origin = json.loads((folder / name).read_text())["provenance"]
-            assert {"git", "python", "packages", "device"} <= set(origin), name
+        measured = [
+            path
+            for made in (folder / "measurements").iterdir()
+            for path in (made / "generate.json", made / "digits.json")
+        ]
+        assert measured
+        for path in (folder / "train/status.json", *measured):
+            origin = json.loads(path.read_text())["provenance"]
+            assert {"git", "python", "packages", "device"} <= set(origin), path
 
 
 def test_progress_says_counts_times_and_the_report(finished):
@@ -89,11 +103,39 @@ def test_progress_says_counts_times_and_the_report(finished):
     assert len(lines) >= 2
     assert re.search(r"train \d+/\d+ \(\d+:\d\d left\) .* \| \d+ % \| .* elapsed, about ", lines[0])
     total = number_of_runs(finished)
-    assert (
-        f"train {total}/{total} · generate {total}/{total} · evaluate {total}/{total}" in lines[-1]
-    )
+    each = number_of_measurements(finished)
+    assert f"train {total}/{total} · generate {each}/{each} · evaluate {each}/{each}" in lines[-1]
     assert "100 %" in lines[-1]
     assert re.search(r"^Report: reports/smoke/index\.html$", said, re.MULTILINE)
+
+
+def test_quality_over_training_is_a_table_and_a_figure(finished):
+    curve = [
+        row for row in rows(finished.results / "tables/curves.csv") if row["protocol"] == "curve"
+    ]
+    assert {(row["backbone"], row["step"]) for row in curve} == {("ncsnpp", "6"), ("ncsnpp", "12")}
+    assert all(float(row["mean"]) > 0 for row in curve)
+    assert (finished.results / "figures/quality_over_training.svg").is_file()
+    assert "quality_over_training" in (finished.reports / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_preview_shows_what_is_there_and_names_what_is_not(finished, tmp_path):
+    part = Project(shutil.copytree(finished.folder, tmp_path / "a project"))
+    gone = next((part.results / "runs").glob("ncsnpp-none*/measurements/step6-*"))
+    shutil.rmtree(gone)
+    tables = (part.results / "tables/curves.csv").read_bytes()
+    done = part.study("preview", "--config", SMOKE)
+    assert done.returncode == 0, done.stderr
+    assert "preview/index.html: " in done.stdout
+    page = (part.results / "preview/index.html").read_text(encoding="utf-8")
+    assert "missing" in page
+    (lack,) = (
+        row
+        for row in rows(part.results / "preview/tables/measurements.csv")
+        if row["status"] == "missing"
+    )
+    assert (lack["measurement"], lack["value"]) == (gone.name, "")
+    assert (part.results / "tables/curves.csv").read_bytes() == tables
 
 
 def test_snakemakes_own_report_has_captions(finished):
@@ -135,14 +177,14 @@ def test_what_only_the_tables_show_trains_nothing(finished, change):
     "change",
     [
         pytest.param(lambda study: study.update(machine={"save_every": 5.0}), id="speed"),
-        pytest.param(lambda study: study["generation"].update(batch=64), id="batch"),
+        pytest.param(lambda study: study.update(machine={"sampling_batch": 64}), id="batch"),
         pytest.param(lambda study: study["training"].update(weight_decay=0), id="default"),
     ],
 )
 def test_what_changes_no_result_makes_nothing_again(finished, change):
     with finished.edited(**smoke(change)):
         again = finished.todo()
-    assert not {"convert", "reference", "train", "generate", "evaluate"} & set(again)
+    assert not {"convert", "reference", "train", "generate", "evaluate_digits"} & set(again)
 
 
 def test_changed_setting_of_an_arm_runs_that_arm(finished):
@@ -175,9 +217,9 @@ def test_code_of_a_probe_makes_that_probe_again(finished):
 
 
 def test_changed_protocol_generates_again_and_trains_nothing(finished):
-    with finished.edited(**smoke(lambda study: study["generation"].update(seed=7))):
-        total = number_of_runs(finished)
-        assert finished.todo() == {"generate": total, "evaluate": total, **AFTERWARDS}
+    with finished.edited(**smoke(lambda study: study["protocols"]["final"].update(seeds=7))):
+        total = number_of_measurements(finished)
+        assert finished.todo() == {"generate": total, "evaluate_digits": total, **AFTERWARDS}
 
 
 def append(text: str):
@@ -214,7 +256,7 @@ def test_plot_function_draws_again(finished):
 def test_evaluation_code_measures_again(finished):
     with finished.edited("study/fidelity/evaluate.py", CODE):
         again = finished.todo()
-    assert again["evaluate"] == number_of_runs(finished)
+    assert again["evaluate_digits"] == number_of_measurements(finished)
     assert not {"convert", "train", "generate"} & set(again)
 
 
@@ -233,7 +275,7 @@ def test_backbone_code_trains_its_own_runs_again(finished):
 def test_sampler_code_generates_again(finished):
     with finished.edited("study/diffusion/samplers/edm.py", CODE):
         again = finished.todo()
-    assert again["generate"] == number_of_runs(finished)
+    assert again["generate"] == number_of_measurements(finished)
     assert "train" not in again
 
 
@@ -253,12 +295,13 @@ def test_large_files_may_go_but_a_missing_result_is_made_again(finished):
     folder = next(path for path in (finished.results / "runs").glob("uvit-none-*"))
     aside = finished.folder / "aside"
     aside.mkdir()
-    weights, metrics = folder / "train/raw.safetensors", folder / "evaluate/fidelity.json"
+    weights = folder / "train/raw.safetensors"
+    (metrics,) = folder.glob("measurements/*/digits.json")
     try:
         weights.rename(aside / weights.name)
         assert finished.todo() == {}
         metrics.rename(aside / metrics.name)
-        assert finished.todo()["evaluate"] == 1
+        assert finished.todo()["evaluate_digits"] == 1
     finally:
         for path in (weights, metrics):
             if (aside / path.name).exists():
@@ -307,7 +350,7 @@ def test_killed_study_goes_on_to_the_same_bytes(project, finished):
     moments = [
         ("results/datasets/*.zip", os.killpg),
         ("results/smoke/runs/*/state/checkpoint.pt", os.killpg),
-        ("results/smoke/runs/*/logs/generate.log", os.kill),  # its jobs live on
+        ("results/smoke/runs/*/logs/generate-*.log", os.kill),  # its jobs live on
     ]
     for pattern, kill in moments:
         process = start(project)
@@ -328,10 +371,12 @@ def test_killed_study_goes_on_to_the_same_bytes(project, finished):
         other = finished.results / "runs" / folder.name
         for name in ("weights.safetensors", "raw.safetensors"):
             assert (folder / "train" / name).read_bytes() == (other / "train" / name).read_bytes()
-        mine, theirs = (path / "generate/samples.npz" for path in (folder, other))
+        (measurement,) = (folder / "measurements").iterdir()
+        samples = f"measurements/{measurement.name}/samples.npz"
+        mine, theirs = (path / samples for path in (folder, other))
         assert mine.read_bytes() == theirs.read_bytes()
         mine, theirs = (
-            json.loads((path / "evaluate/fidelity.json").read_text())["metrics"]
+            json.loads((path / samples).with_name("digits.json").read_text())["metrics"]
             for path in (folder, other)
         )
         assert mine == theirs
@@ -561,6 +606,47 @@ def test_snakefile_and_plan_import_nothing_heavy(project):
 def test_nothing_in_the_package_knows_snakemake():
     for path in (ROOT / "study").rglob("*.py"):
         assert not re.search(r"^\s*(import|from) snakemake", path.read_text(), re.MULTILINE), path
+
+
+LEANT_ON = {
+    "snakemake.api:Workflow": "_prepare_dag execute unlock dag_settings",
+    "snakemake.settings.types:DAGSettings": (
+        "force_incomplete max_checksum_file_size rerun_triggers"
+    ),
+    "snakemake.settings.types:StorageSettings": "default_storage_provider shared_fs_usage",
+    "snakemake.scheduling.job_scheduler:JobScheduler": (
+        "_executor _handle_error _open_jobs run job_selector exit_gracefully running failed"
+    ),
+    "snakemake.persistence.file:FilePersistence": (
+        "lock _delete_locks _lockfile _record_path _incomplete_path"
+    ),
+    "snakemake_interface_executor_plugins.executors.remote:RemoteExecutor": (
+        "active_jobs cancel_jobs next_seconds_between_status_checks wait sleep report_job_error"
+    ),
+}
+"""What the hooks take from Snakemake beyond what it offers, by class."""
+
+
+@pytest.mark.parametrize("place", LEANT_ON)
+def test_the_pinned_snakemake_has_what_the_hooks_lean_on(place):
+    module, _, name = place.partition(":")
+    found = getattr(importlib.import_module(module), name)
+    written = "".join(
+        inspect.getsource(one) for one in found.__mro__[:-1] if one.__module__ != "abc"
+    )
+    for attribute in LEANT_ON[place].split():
+        assert hasattr(found, attribute) or re.search(rf"\b{attribute}\b", written), attribute
+
+
+def test_only_the_hooks_reach_into_snakemake():
+    private = r"\._[a-z]\w*|\.__class__ ="
+    reached = {
+        path.name: set(re.findall(private, path.read_text()))
+        for path in [ROOT / "Snakefile", *(ROOT / "workflow/rules").glob("*.smk")]
+    }
+    hooks = reached.pop("hooks.smk") - {".__class__ ="}
+    assert {f".{name}" for names in LEANT_ON.values() for name in names.split()} >= hooks
+    assert set().union(*reached.values()) == set()
 
 
 def test_lint_finds_nothing(project):

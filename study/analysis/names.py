@@ -12,6 +12,7 @@ AXES = ["backbone", "skip_scaling", "target", "formulation"]
 ARM = ["arm", *AXES, "variant", "line"]
 # Why a finished run has no value in a column: none could be had, or another column holds it.
 NOT_MEASURED, OTHERWISE = "not measured", "measured otherwise"
+NOT_ASKED = "its main measurement has no such number"
 ALL = "all"
 """Stands for a backbone where a number is a mean over all of them."""
 

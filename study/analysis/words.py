@@ -84,9 +84,11 @@ def measured(identity: Mapping[str, Any]) -> str:
     kind, steps = sampler.get("kind", "sampler"), sampler.get("steps")
     more = "".join(
         f", {key} {re.sub('[0-9a-f]{64}', lambda found: found[0][:8], str(identity[key]))}"
-        for key in ("precision", "guidance", "decoder")
-        if identity.get(key)
+        for key in ("precision", "guidance", "labels", "decoder")
+        if identity.get(key) and (key, identity[key]) != ("labels", "data")
     )
+    snapshot = str(identity.get("snapshot", "final"))
+    more = ("" if snapshot == "final" else f" of step {snapshot}") + more
     return (
         f"{identity.get('images')} generated against {identity.get('reference_images')} images of "
         f"{identity.get('reference')} ({identity.get('split')}), {identity.get('extractor')} "

@@ -1,4 +1,4 @@
-"""Samples and a reference -> ``fidelity.json``, through torch-fidelity's public interface."""
+"""Samples and a reference -> ``<extractor>.json``, through torch-fidelity's public interface."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -238,6 +238,10 @@ def _requested(protocol: dict[str, Any], reference: Reference) -> tuple[str, ...
     return metrics
 
 
+DRAWN = ("snapshot", "weights", "sampler", "nfe", "guidance", "labels")
+"""What of the sampling is part of a number's identity."""
+
+
 def _settings(base: str, generated: int, reference: int) -> dict[str, Any]:
     return {
         "kid": {
@@ -266,7 +270,7 @@ def _identities(
         "split": reference["split"],
         "images": images,
         "reference_images": reference["images"],
-        **{key: generation.get(key) for key in ("sampler", "nfe", "guidance", "weights")},
+        **{key: generation.get(key) for key in DRAWN},
         "precision": generation.get("precision"),
         **({"decoder": generation["decoder"]} if "decoder" in generation else {}),
         "tool": "torch-fidelity",
@@ -288,11 +292,11 @@ def evaluate(
     device: Any = None,
     code: str | None = None,
 ) -> dict[str, Any]:
-    """Measure ``samples`` against the folder ``reference``; write and return ``fidelity.json``.
+    """Measure ``samples`` against the folder ``reference``; write and return ``out``.
 
     ``samples`` is an npz with ``arr_0`` uint8 [N, H, W, C]; a ``generate.json`` beside it supplies
-    sampler, NFE, guidance, weights and precision of the sampling for the identity. ``protocol`` is
-    the study's evaluation section: ``extractor`` (must be the reference's) and ``metrics``.
+    snapshot, weights, sampler, NFE, guidance, labels and precision of the sampling for the
+    identity. ``protocol`` holds ``extractor`` (must be the reference's) and ``metrics``.
     ``weights`` is the extractor's file, by default the copy in the reference; it must be the one
     that the reference was made with. ``code`` is the digest of the evaluating code, which is
     written down.
@@ -351,7 +355,9 @@ def evaluate(
         "reason": reason,
         "code": code,
         "protocol": protocol,
+        "generation_code": generation.get("code"),
         "metrics": {names[base]: score.value for base, score in scores.items()},
+        "bases": names,
         "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},
         "notes": {names[b]: note for b, note in notes.items() if note},
         "identity": {names[base]: identity for base, identity in identities.items()},

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from study.arms import NOT_SETTINGS, Run, remarks
-from study.combinations import check_archive
+from study.arms import Run, remarks
+from study.combinations import check_archive, section
 from study.files import UserError, read_json
 from study.ledger import contents
-from study.spec.data import Dataset
+from study.spec.data import Dataset, DatasetSettings, Images
 from study.spec.study import Study
 
 LARGEST_DESCRIPTION = 2**28
@@ -29,12 +29,24 @@ def check_shared(
     """
     results, ours = Path(results), study.model_dump(mode="json")
     for path in sorted(results.glob("*/study.json")):
-        try:
-            _check_other(ours, read_json(path)["config"], path.parent, sources)
-        except (KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{path}: not the description of a study of this version; move {path.parent} away"
-            ) from None
+        other = _described(path)
+        if other is not None and other.get("study") != study.study:
+            _check_other(ours, other, path.parent, sources)
+
+
+def _described(path: Path) -> dict[str, Any] | None:
+    """A study as its manifest holds it; ``None`` where it says nothing that can be compared.
+
+    Another version may have written it, and no study is kept from running by that.
+    """
+    try:
+        config = read_json(path)["config"]
+        for name, (_, one) in _images(config).items():
+            if one["name"] != name or "source" not in one:
+                return None
+        return config
+    except (UserError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def _check_other(
@@ -44,15 +56,16 @@ def _check_other(
     sources: Mapping[str, str] | None,
 ) -> None:
     """The same of one other study, whose results are in ``folder``."""
-    if other["study"] == ours["study"]:
-        return
-    _check_classifier(ours, other, folder)
-    for where, mine in _datasets(ours).items():
-        for theirs in _datasets(other).values():
-            _check_same(where, mine, theirs, folder)
-            if sources is not None and mine["name"] == theirs["name"]:
-                archive = str(folder.parent / "datasets" / f"{mine['name']}.zip")
-                _check_source(where, mine, theirs, folder, archive, sources)
+    for name in _datasets(ours).keys() & _datasets(other).keys():
+        _check_classifier(name, ours, other, folder)
+    for name, (where, mine) in _images(ours).items():
+        if name not in _images(other):
+            continue
+        theirs = _images(other)[name][1]
+        _check_same(where, mine, theirs, folder)
+        if sources is not None:
+            archive = str(folder.parent / "datasets" / f"{name}.zip")
+            _check_source(where, mine, theirs, folder, archive, sources)
 
 
 def _check_source(
@@ -77,41 +90,63 @@ def _check_source(
     )
 
 
-def _check_classifier(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> None:
+def _extractors(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The extractors of a resolved study by kind."""
+    found: dict[str, dict[str, Any]] = {}
+    if "evaluation" in config:  # from before there were protocols
+        found[config["evaluation"].get("extractor")] = config["evaluation"]
+    for protocol in config.get("protocols", {}).values():
+        listed = protocol["extractors"]
+        for one in listed if isinstance(listed, list) else [listed]:
+            found.setdefault(one["kind"], one)
+    return found
+
+
+def _check_classifier(
+    name: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path
+) -> None:
     """Studies whose features come from a classifier of the same data set share that classifier."""
-    mine, other = ours["evaluation"], theirs["evaluation"]
-    if not mine["extractor"] == other["extractor"] == "digits":
+    mine, other = (_extractors(one).get("digits") for one in (ours, theirs))
+    if mine is None or other is None:
         return
-    if ours["dataset"]["name"] != theirs["dataset"]["name"]:
-        return
-    if mine["seed"] != other.get("seed", 0):
+    seed, theirs_seed = mine.get("seed", 0), other.get("seed", 0)
+    if seed != theirs_seed:
         raise UserError(
-            f"evaluation.seed: {folder} has trained the classifier of "
-            f"{ours['dataset']['name']!r} with seed {other.get('seed', 0)}, which all studies of "
-            f"this data set share; take that seed, give the data set another name, or delete "
-            "that folder"
+            f"extractor digits: {folder} has trained the classifier of {name!r} with seed "
+            f"{theirs_seed}, which all studies of this data set share; take that seed instead of "
+            f"{seed}, give the data set another name, or delete that folder"
         )
 
 
-def _datasets(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The data sets of a resolved study by the section that describes them."""
-    found = {
-        "dataset": config["dataset"],
-        "evaluation.reference": config["evaluation"].get("reference"),
-    }
-    return {where: dataset for where, dataset in found.items() if dataset is not None}
+def _datasets(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By name: the data sets of a resolved study, and the sections that describe them."""
+    if config.get("datasets"):
+        return {name: (f"datasets.{name}", one) for name, one in config["datasets"].items()}
+    return {config["dataset"]["name"]: ("dataset", config["dataset"])}
+
+
+def _images(config: Mapping[str, Any]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The same with the images that samples are measured against, if those are others."""
+    found = dict(_datasets(config))
+    references = [(f"{where}.reference", one.get("reference")) for where, one in found.values()]
+    # From before a reference belonged to its data set.
+    references.append(("evaluation.reference", (config.get("evaluation") or {}).get("reference")))
+    for where, one in references:
+        if one is not None:
+            found.setdefault(one["name"], (where, one))
+    return found
 
 
 def _check_same(
     where: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path
 ) -> None:
-    if ours["name"] != theirs["name"]:
-        return
-    for key in ours:
-        if key not in NOT_SETTINGS and ours[key] != theirs.get(key):
+    for key, field in DatasetSettings.model_fields.items():
+        # An option that did not exist yet was at its default.
+        known = theirs.get(key, field.get_default())
+        if ours[key] != known:
             raise UserError(
                 f"{where}.name: {ours['name']!r} is a data set of {folder} with {key}: "
-                f"{theirs.get(key)!r} instead of {ours[key]!r}; choose another name, or delete "
+                f"{known!r} instead of {ours[key]!r}; choose another name, or delete "
                 "that folder"
             )
 
@@ -131,14 +166,14 @@ def check(
     """
     check_shared(study, results, sources)
     _check_notebooks(study, Path(notebooks))
-    found = {}
-    for where, dataset in (("dataset", study.dataset), ("reference", study.evaluation.reference)):
-        if dataset is not None:
-            found[where] = _converted(dataset, Path(results))
-    if found["dataset"] is not None:
-        images, *shape = found["dataset"]
-        check_archive(dict(runs), study.dataset.name, images, tuple(shape))
-    _check_reference(study, found["dataset"], found.get("reference"))
+    for name, dataset in study.data.items():
+        found = _converted(dataset, Path(results))
+        if found is not None:
+            images, *shape = found
+            check_archive(dict(runs), name, images, tuple(shape))
+        if dataset.reference is not None and dataset.decoder is None:
+            measured = _converted(dataset.reference, Path(results))
+            _check_reference(f"{section(study, name)}.reference", dataset, found, measured)
     return remarks(study)
 
 
@@ -149,7 +184,7 @@ def _check_notebooks(study: Study, folder: Path) -> None:
             raise UserError(f"notebooks: there is no {folder / name}.ipynb; allowed: {here}")
 
 
-def _converted(dataset: Dataset, results: Path) -> tuple[int, int, int] | None:
+def _converted(dataset: Images, results: Path) -> tuple[int, int, int] | None:
     """Images, resolution and channels of a data set's archive.
 
     ``None`` where there is none, or none that the study would still make of its source.
@@ -172,24 +207,21 @@ def _converted(dataset: Dataset, results: Path) -> tuple[int, int, int] | None:
 
 
 def _check_reference(
-    study: Study,
+    where: str,
+    dataset: Dataset,
     data: tuple[int, int, int] | None,
     reference: tuple[int, int, int] | None,
 ) -> None:
     """Raise ``UserError`` where samples have another shape than what they are measured against."""
-    measured = study.evaluation.reference
-    if measured is None or study.generation.decoder is not None:
-        return
-    pairs = []
-    for known, dataset in ((data, study.dataset), (reference, measured)):
-        shape = known[1:] if known else dataset.shape
-        pairs.append(shape)
-    for key, ours, theirs in zip(("resolution", "channels"), *pairs, strict=True):
-        if None not in (ours, theirs) and ours != theirs:
+    measured = dataset.measured
+    ours, theirs = (
+        known[1:] if known else one.shape for known, one in ((data, dataset), (reference, measured))
+    )
+    for key, mine, other in zip(("resolution", "channels"), ours, theirs, strict=True):
+        if None not in (mine, other) and mine != other:
             raise UserError(
-                f"evaluation.reference: {measured.name} has {key} {theirs}, but the samples are "
-                f"like {study.dataset.name}, whose {key} is {ours}; make them equal with "
-                "resolution and color"
+                f"{where}: {measured.name} has {key} {other}, but the samples are like "
+                f"{dataset.name}, whose {key} is {mine}; make them equal with resolution and color"
             )
 
 
@@ -199,23 +231,31 @@ def missing_files(
     """A line for every file or folder that a study names, still needs, and that is not there."""
     results = Path(results)
     folder = results / study.study / "runs"
-    decoder, measured = study.generation.decoder, study.evaluation.reference
-    wanted: list[tuple[str, str | None, Iterable[Path]]] = [
-        ("dataset.path", study.dataset.path, [results / f"datasets/{study.dataset.name}.zip"]),
-        (
-            "generation.decoder.weights",
-            decoder and decoder.weights,
-            (folder / run / "generate/generate.json" for run in runs),
-        ),
-        (
-            "evaluation.weights",
-            study.evaluation.weights,
-            (folder / run / "evaluate/fidelity.json" for run in runs),
-        ),
-    ]
-    if measured is not None:
-        archive = results / f"datasets/{measured.name}.zip"
-        wanted.append(("evaluation.reference.path", measured.path, [archive]))
+    wanted: list[tuple[str, str | None, Iterable[Path]]] = []
+    for name, dataset in study.data.items():
+        where = section(study, name)
+        of_it = [run for run in runs.values() if run.spec.dataset.name == name]
+        if not of_it:
+            continue
+        wanted.append((f"{where}.path", dataset.path, [results / f"datasets/{name}.zip"]))
+        if dataset.reference is not None:
+            archive = results / f"datasets/{dataset.reference.name}.zip"
+            wanted.append((f"{where}.reference.path", dataset.reference.path, [archive]))
+        made = (
+            folder / run.name / "measurements" / one.name / "generate.json"
+            for run in of_it
+            for one in run.measurements
+        )
+        decoder = dataset.decoder
+        wanted.append((f"{where}.decoder.weights", decoder and decoder.weights, made))
+    for kind, options in study.extractors.items():
+        made = (
+            folder / run.name / "measurements" / one.name / f"{kind}.json"
+            for run in runs.values()
+            for one in run.measurements
+            if kind in one.extractors
+        )
+        wanted.append((f"extractor {kind}: weights", getattr(options, "weights", None), made))
     for run in runs.values():
         if run.checkpoint is not None:
             status = folder / run.name / "train/status.json"
@@ -230,7 +270,7 @@ def missing_files(
 def changed_sources(study: Study, results: str | Path = "results") -> list[str]:
     """A line for each data set that is converted anew, since its path leads to other files now."""
     lines = []
-    for where, dataset in _datasets(study.model_dump(mode="json")).items():
+    for where, dataset in _images(study.model_dump(mode="json")).values():
         archive = Path(results, "datasets", f"{dataset['name']}.zip")
         former = contents.made_from(archive)
         if former is not None and contents.source(dataset["path"], archive) != former:
@@ -245,7 +285,7 @@ def kept_archives(study: Study, results: Path) -> list[str]:
     """A line for each data set whose source is not where the study says, and that is there."""
     return [
         f"{where}.path: {dataset['path']}: no such file or folder; {archive} stays in use"
-        for where, dataset in _datasets(study.model_dump(mode="json")).items()
+        for where, dataset in _images(study.model_dump(mode="json")).values()
         if contents.gone(dataset["path"])
         and (archive := results / "datasets" / f"{dataset['name']}.zip").exists()
     ]

@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 from study.files import UserError
 from study.spec import defaults
 from study.spec.guidance import GuidanceOptions
+from study.spec.metrics import METRICS
 from study.spec.probes import PROBES
 from study.spec.run import Spec
 from study.spec.samplers import SamplerOptions
 from study.spec.scalings import SCALINGS
+from study.spec.training import Snapshots
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -216,10 +219,15 @@ def _verbs(package: Path = PACKAGE) -> dict[str, tuple[str, ...]]:
     return verbs
 
 
+@cache
 def stage(verb: str) -> str:
     """Digest of the code behind ``study <verb>``, for stages whose code is the same in all runs."""
-    shown = repr(SCALINGS) if verb in ("figures", "notebook", "report") else ""
-    return _whole(stage_digest(_verbs()[verb]) + shown, ("evaluation",) * (verb == "evaluate"))
+    known = repr(SCALINGS) if verb in ("figures", "notebook", "report") else ""
+    if verb == "evaluate":  # words for people are no part of a measurement
+        known = repr({key: (one.possible, list(one.numbers)) for key, one in METRICS.items()})
+    elif verb in ("aggregate", "figures", "notebook", "report"):
+        known += repr(METRICS)
+    return _whole(stage_digest(_verbs()[verb]) + known, ("protocol",) * (verb == "evaluate"))
 
 
 def conversion(source: str) -> str:
@@ -268,7 +276,10 @@ def _whole(code: str, sections: Iterable[str], *models: type) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
-TRAINED = ("dataset", "skip_scaling", "target", "training", "training.ema", "training.models")
+TRAINED = (
+    *("dataset", "skip_scaling", "target"),
+    *("training", "training.ema", "training.snapshots", "training.models"),
+)
 """Sections of a spec whatever its backbone and formulation."""
 
 
@@ -294,7 +305,7 @@ def _network(spec: Spec) -> tuple[tuple[str, ...], frozenset[str], tuple[type, .
     network = [] if own else [spec.backbone.row.module]
     roots = [*network, spec.formulation.implementation.partition(":")[0]]
     stable_target = f"{PACKAGE.name}.diffusion.stf"
-    models = (type(spec.formulation), type(spec.skip_scaling), type(spec.training))
+    models = (type(spec.formulation), type(spec.skip_scaling), type(spec.training), Snapshots)
     if spec.stable:
         return (*roots, stable_target), DECLARATIONS, models
     return tuple(roots), DECLARATIONS | {stable_target}, models
@@ -312,26 +323,53 @@ def network(spec: Spec) -> str:
     return _whole(_file(own), ()) if own else stage_digest((spec.backbone.row.module,))
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """A spec, and a sampler, as far as they decide which code runs: of many runs it is the same."""
+
+    decides: tuple[Any, ...]
+    spec: Spec = field(compare=False)
+    sampler: SamplerOptions | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(cls, spec: Spec, sampler: SamplerOptions | None = None) -> "_Kind":
+        own = (spec.backbone.family, spec.formulation.kind, spec.skip_scaling.method, spec.stable)
+        whole = (*own, spec.checkpoint is None, type(spec.training), sampler and sampler.kind)
+        return cls(whole, spec, sampler)
+
+
 def training(spec: Spec) -> str:
     """Digest of the code that trains the run of a spec, or imports its weights.
 
     Another backbone's file, formulation or target has no part in it.
     """
+    return _training(_Kind.of(spec))
+
+
+@cache
+def _training(kind: _Kind) -> str:
+    spec = kind.spec
     modules, exclude, models = _network(spec)
     verb = "import" if spec.checkpoint is not None else "train"
     code = stage_digest((*_verbs()[verb], *modules), exclude)
-    code += _function(Spec.models.fget) + _own(spec)
+    code += _function(Spec.models.fget) + _function(Spec.lineage.fget) + _own(spec)
     return _whole(code, _sections(spec), *models)
 
 
 def generation(spec: Spec, sampler: SamplerOptions) -> str:
     """Digest of the code that generates the samples of a run with the sampler of that kind."""
+    return _generation(_Kind.of(spec, sampler))
+
+
+@cache
+def _generation(kind: _Kind) -> str:
+    spec, sampler = kind.spec, kind.sampler
     modules, exclude, models = _network(spec)
     exclude |= {f"{PACKAGE.name}.diffusion.stf"}
     roots = [module for module in modules if module not in exclude]
     walks = sampler.implementation.partition(":")[0]
     code = stage_digest((*_verbs()["generate"], *roots, walks), exclude)
-    sections = (*_sections(spec), "generation", "guidance", f"sampler {sampler.kind}")
+    sections = (*_sections(spec), "measurement", "guidance", f"sampler {sampler.kind}")
     code += _own(spec)
     return _whole(code, sections, *models, type(sampler), GuidanceOptions)
 
@@ -366,4 +404,4 @@ def notebook(path: str) -> str:
     code = stage_digest(
         (*_verbs()["notebook"], *sorted(name for name in names if not _declared(name)))
     )
-    return _whole(code + repr(SCALINGS), ())
+    return _whole(code + repr(SCALINGS) + repr(METRICS), ())

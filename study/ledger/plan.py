@@ -8,20 +8,20 @@ parameters and operations, on the meta device, once per network; the counts are 
 import heapq
 import os
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from study.arms import Run, probed
+from study.arms import Run, probed, selected, shorter
 from study.arms import runs as resolve
-from study.averaging import remark
 from study.files import UserError, canonical_json, read_json, write_json
-from study.ledger import checks, digest
-from study.ledger.progress import SECONDS, check_folder, duration
-from study.ledger.status import State, replaced, state_of
+from study.ledger import checks, contents, digest
+from study.ledger.progress import SECONDS, duration
+from study.ledger.status import State, data_hashes, replaced, state_of, young
+from study.protocols import Planned
 from study.spec.guidance import nfe
 from study.spec.probes import ProbeOptions
 from study.spec.run import Spec
@@ -47,9 +47,6 @@ STARTING = 3.0
 
 PROBE = 5.0
 """First guess of what a probe of a run takes."""
-
-CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
-"""Classes of sources that are always the same."""
 
 EVALUATION = {"inception": (0.03, 0.001), "digits": (0.001, 0.001)}
 """Seconds per image that is measured, on (one CPU core, one GPU)."""
@@ -123,7 +120,7 @@ def _network_key(spec: Spec, shape: tuple[int, int, int]) -> str:
 def _shape(spec: Spec, results: Path) -> tuple[int, int, int] | None:
     """Resolution, channels and classes of the data, if they are known before conversion."""
     resolution, channels = spec.shape
-    classes = spec.dataset.classes or CLASSES.get(spec.dataset.source, 10)
+    classes = spec.dataset.known_classes or 10
     if resolution is None or channels is None:
         return None
     return resolution, channels, classes
@@ -220,17 +217,22 @@ class Measured:
 
     def __init__(self, folders: Iterable[Path], gpu: bool) -> None:
         found: dict[tuple[str, str], list[float]] = {}
+        keys: dict[str, str] = {}  # most runs have the backbone of another one
         for folder in folders:
             try:
                 status = read_json(folder / "train" / "status.json")
-                key = _backbone_key(Spec.read(status["spec"]))
+                known = repr([status["spec"][part] for part in ("backbone", "dataset")])
+                if known not in keys:
+                    keys[known] = _backbone_key(Spec.read(status["spec"]))
+                key = keys[known]
                 device = (status.get("provenance") or {}).get("device") or "cpu"
                 if (device != "cpu") != gpu:
                     continue
                 if status["images_seen"]:
                     seconds = status["train_seconds"] / status["images_seen"]
                     found.setdefault((key, "train"), []).append(seconds)
-                made = read_json(folder / "generate" / "generate.json")
+                made = next(iter(sorted(folder.glob("measurements/*/generate.json"))), None)
+                made = {} if made is None else read_json(made)
                 if made.get("images_per_second"):
                     seconds = 1 / (made["images_per_second"] * made["nfe"])
                     found.setdefault((key, "generate"), []).append(seconds)
@@ -247,38 +249,36 @@ def _speed(family: str, gpu: bool) -> float:
     return SPEED.get(family, OTHER_SPEED)[gpu] * 1e9
 
 
-def images_to_make(study: Study, results: Path = Path("results")) -> int | None:
-    """Images that every run generates, if it is known before the data set is converted."""
-    if study.generation.images is not None:
-        return study.generation.images
-    dataset = study.dataset
-    known = dataset.images
+def images_of(study: Study, dataset: str, results: Path = Path("results")) -> int | None:
+    """Images of a data set, if they are known before it is converted."""
+    described = study.data[dataset]
+    known = described.images
     if known is None:
-        reference = results / "datasets" / f"{dataset.name}.{study.evaluation.extractor}"
         try:
-            known = read_json(reference / "reference.json")["images"]
+            known = read_json(contents.described(results / "datasets" / f"{dataset}.zip"))["images"]
         except (UserError, KeyError, TypeError):
             return None
-    return min(known, dataset.max_images or known)
+    return min(known, described.max_images or known)
 
 
-def _evaluations(study: Study, spec: Spec) -> int:
-    guidance = study.generation.guidance
+def _drawn(images: int | None, one: Planned, spec: Spec) -> float | None:
+    """Network evaluations of a measurement; ``images`` are those of its data set."""
+    guidance = one.cell.guidance
     guidance = guidance and guidance.model_dump(mode="json")
-    return nfe(study.generation.sampler, guidance, spec.formulation)
+    return _product(one.cell.images or images, nfe(one.cell.sampler, guidance, spec.formulation))
 
 
-def guess(rule: str, study: Study, run: Run | None) -> float:
+def guess(rule: str, study: Study, run: Run | None, one: Planned | None = None) -> float:
     """First guess of a job's seconds, without counting; only ratios matter much."""
     gpu = study.machine.gpus > 0
-    if run is None or rule not in ("train", "generate"):
-        return SECONDS.get(rule, 5.0)
+    if run is None or not rule.startswith(("train", "generate")):
+        return SECONDS.get(rule, SECONDS.get(rule.partition("_")[0], 5.0))
     per_image = TYPICAL_GFLOPS * 1e9 / _speed(run.spec.backbone.family, gpu)
-    if rule == "train":
+    if one is None:
         images = run.spec.steps * run.spec.training.batch
         return STARTING + 3 * per_image * images
-    images = images_to_make(study) or 10_000
-    return STARTING + per_image * images * _evaluations(study, run.spec)
+    images = images_of(study, run.spec.dataset.name) or 10_000
+    return STARTING + per_image * (_drawn(images, one, run.spec) or 0.0)
 
 
 # --- the plan --------------------------------------------------------------------------------
@@ -292,18 +292,21 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
     """
     results = Path(results)
     gpu = study.machine.gpus > 0
-    found = resolve(study)
+    found = selected(study, resolve(study))
     folder = results / study.study / "runs"
     networks = Networks(results, len(found) <= COUNT_UP_TO if counting is None else counting)
     measured = Measured(sorted(results.glob("*/runs/*")), gpu)
-    images = images_to_make(study, results)
+    images = {name: images_of(study, name, results) for name in study.data}
     probes = {probe.kind: _probe_seconds(probe, results) for probe in study.probes}
     looked_at = {probe.kind: set(probed(found, probe)) for probe in study.probes}
-    source = replaced(study, results)
+    source, data = replaced(study, results), data_hashes(study, results)
     rows = []
+    before = shorter(found)
     for run in found.values():
-        state = state_of(run, folder / run.name, study=study, source=source)
-        row = _row(study, run, state, networks, measured, images)
+        state = state_of(run, folder / run.name, study=study, source=source, data=data)
+        known = images[run.spec.dataset.name]
+        begun = found[before[run.name][-1]].spec.steps if run.name in before else 0
+        row = _row(study, run, state, networks, measured, known, begun)
         again = state.state == "stale" and state.stage == "train"
         todo = [
             seconds(row)
@@ -312,7 +315,7 @@ def plan(study: Study, results: str | Path = "results", counting: bool | None = 
             and (again or not (folder / run.name / "probes" / f"{kind}.json").exists())
         ]
         if todo:
-            row.seconds["probe"] = _sum(todo)
+            row.seconds["probe"] = _total(todo)
         rows.append(row)
     networks.save()
     return rows
@@ -344,7 +347,9 @@ def _row(
     networks: Networks,
     measured: Measured,
     images: int | None,
+    begun: int,
 ) -> Row:
+    """What is left of a run; ``begun`` steps are those of a shorter run, which it goes on from."""
     gpu = study.machine.gpus > 0
     steps = run.spec.steps
     row = Row(run, state, steps, steps * run.spec.training.batch)
@@ -361,34 +366,58 @@ def _row(
     row.source = source
     row.step_seconds = _product(per_image["train"], row.run.spec.training.batch)
     wanted = {
-        "train": _product(per_image["train"], row.images_seen),
-        "generate": _product(per_image["generate"], images, _evaluations(study, run.spec)),
-        "evaluate": _product(
-            EVALUATION.get(study.evaluation.extractor, (0.01, 0.001))[gpu], images
+        "train": _product(per_image["train"], (steps - begun) * run.spec.training.batch),
+        "generate": _total(
+            _jobs(_product(per_image["generate"], _drawn(images, one, run.spec)))
+            for one in state.measured.to_sample
+        ),
+        "evaluate": _total(
+            _jobs(_product(EVALUATION.get(kind, (0.01, 0.001))[gpu], one.cell.images or images))
+            for one, kind in state.measured.to_measure
         ),
     }
     if state.state in ("running", "stopped") and state.stage == "train" and state.steps:
         wanted["train"] = _product(wanted["train"], 1 - state.step / state.steps)
-    started = {key: value and value + STARTING for key, value in wanted.items()}
-    row.seconds = started | dict.fromkeys(_finished(state), 0.0)
+    wanted["train"] = _jobs(wanted["train"]) if _to_train(state) else 0.0
+    row.seconds = wanted
     if state.state not in ("done", "diverged"):
         row.why = state.note or state.state
-    resolution, channels = run.spec.shape
-    reference = study.evaluation.reference
-    if study.generation.decoder is not None and reference is not None:
-        resolution, channels = reference.shape
-    if row.network is not None and images is not None and resolution and channels:
-        # EMA and raw weights; checkpoint: weights, average and two moments; samples.
-        row.disk = 4.0 * row.network.parameters * (2 + 4) + images * resolution**2 * channels
+    row.disk = _disk(study, run, row.network, images)
     return row
 
 
-def _finished(state: State) -> tuple[str, ...]:
-    """Stages of a run that need no more work."""
-    if state.state in ("done", "diverged"):
-        return ("train", "generate", "evaluate")
-    stages = ("train", "generate", "evaluate", "probe")
-    return stages[: stages.index(state.stage)] if state.state in ("waiting", "stale") else ()
+def _jobs(seconds: float | None) -> float | None:
+    """With what it takes until the job is at work."""
+    return None if seconds is None else seconds + STARTING
+
+
+def _to_train(state: State) -> bool:
+    """Whether the run is to be trained, or trained on."""
+    return state.state == "missing" or (
+        state.state in ("running", "stopped", "stale") and state.stage == "train"
+    )
+
+
+def _disk(study: Study, run: Run, network: Network | None, images: int | None) -> float | None:
+    """Bytes that a run leaves: snapshots, its checkpoint, samples that are kept."""
+    spec = run.spec
+    resolution, channels = spec.shape
+    dataset = study.data[spec.dataset.name]
+    if dataset.decoder is not None:
+        resolution, channels = dataset.measured.shape
+    drawn = _total(one.cell.images or images for one in run.measurements if one.keep == "samples")
+    samples = _product(drawn, resolution, resolution, channels)
+    if network is None or samples is None:
+        return None
+    # Weights at every snapshot; the checkpoint has weights, averages and two moments.
+    kept = sum(len(spec.kept(step)) for step in spec.snapshots)
+    return 4.0 * network.parameters * (kept + 3 + len(spec.averages)) + samples
+
+
+def _total(values: Iterable[float | None]) -> float | None:
+    """The sum; ``None`` where one cannot be told."""
+    known = list(values)
+    return None if None in known else float(sum(known))
 
 
 def _product(*factors: float | None) -> float | None:
@@ -461,28 +490,19 @@ def _table(rows: list[Row]) -> Any:
             _amount(first.images_seen, COUNTS),
             _amount(network and network.parameters, COUNTS),
             _amount(network and network.flops, COUNTS),
-            _time(_sum(row.seconds["train"] for row in group)),
-            _time(_sum(row.seconds["generate"] for row in group)),
-            _amount(_sum(row.disk for row in group), BYTES),
+            _time(_total(row.seconds["train"] for row in group)),
+            _time(_total(row.seconds["generate"] for row in group)),
+            _amount(_total(row.disk for row in group), BYTES),
             Text("; ".join(notes)),
         )
     return table
-
-
-def _sum(values: Iterable[float | None]) -> float | None:
-    total = 0.0
-    for value in values:
-        if value is None:
-            return None
-        total += value
-    return total
 
 
 def _young_averages(rows: list[Row]) -> list[str]:
     """A line for every kind of average that has not begun when its training ends."""
     found: dict[str, dict[str, str]] = {}
     for row in rows:
-        found.setdefault(remark(row.run.spec), {})[row.run.arm] = row.run.display
+        found.setdefault(young(row.run), {})[row.run.arm] = row.run.display
     found.pop("", None)
     lines = []
     for text, arms in found.items():
@@ -496,7 +516,11 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     """The plan in a few lines."""
     todo = [row for row in rows if row.why]
     arms = len({row.run.arm for row in rows})
-    lines = [f"{study.study}: {len(rows)} runs of {arms} arms, {len(todo)} of them to do"]
+    measured = sum(len(row.run.measurements) for row in rows)
+    lines = [
+        f"{study.study}: {len(rows)} runs of {arms} arms with {measured} measurements, "
+        f"{len(todo)} of them to do"
+    ]
     stale = sum(row.state.state == "stale" for row in rows)
     if stale:
         lines[0] += f" ({stale} again: settings or code have changed)"
@@ -514,14 +538,24 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
             + (f"; not counted: {', '.join(others)}" if others else "")
         )
         sources = ", ".join(dict.fromkeys(row.source for row in todo))
-        disk = _amount(_sum(row.disk for row in rows), BYTES)
-        states = _amount(_sum(row.network and 16.0 * row.network.parameters for row in rows), BYTES)
+        disk = _amount(_total(row.disk for row in rows), BYTES)
+        states = _total(
+            row.network and 4.0 * row.network.parameters * (3 + len(row.run.spec.averages))
+            for row in rows
+        )
+        states = _amount(states, BYTES)
         lines.append(f"Times: {sources}. Disk: {disk}, checkpoints {states} of it")
+        # Weights, gradients, two moments, averages.
+        memory = [
+            row.network and 4.0 * row.network.parameters * (4 + len(row.run.spec.averages))
+            for row in rows
+        ]
+        if None not in memory:
+            lines.append(f"Memory of a training beside activations: {_amount(max(memory), BYTES)}")
     elif todo:
         lines.append(f"{steps:,} steps; no estimate of the time for {len(todo) - len(known)} runs")
     problems = [row.run.spec.unsupported for row in rows]
-    if study.generation.weights == "ema":
-        problems += _young_averages(rows)
+    problems += _young_averages(rows)
     lines += dict.fromkeys(problem for problem in problems if problem)
     if missing:
         lines.append(f"{missing} networks are not counted yet; `study plan --count` does it")
@@ -529,23 +563,22 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
 
 
 def show(
-    config: str | Path = "config.yaml",
-    arms: bool = True,
+    config: str | Path | Mapping[str, Any] = "config.yaml",
+    arms: bool | None = None,
     results: str | Path = "results",
     counting: bool | None = None,
 ) -> None:
-    """Print what a study will cost; with ``arms`` a row for each of them."""
+    """Print what a study will cost; ``arms``: a row for each, by default up to ``COUNT_UP_TO``."""
     from rich.console import Console
 
-    check_folder(results)
-    study = load(config)
+    study, results = load(config), Path(results)
     runs = resolve(study)
     told = checks.check(study, runs, results)
     rows = plan(study, results, counting)
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)
-    if arms:
+    if len(rows) <= COUNT_UP_TO if arms is None else arms:
         console.print(_table(rows))
     uncounted = {
         _backbone_key(row.run.spec) + _scaling_kind(row.run.spec)
@@ -555,8 +588,8 @@ def show(
     for line in [
         *summary(study, rows, len(uncounted)),
         *told,
-        *checks.missing_files(study, runs, results),
+        *checks.missing_files(study, selected(study, runs), results),
         *checks.changed_sources(study, results),
-        *checks.kept_archives(study, Path(results)),
+        *checks.kept_archives(study, results),
     ]:
         console.print(line, highlight=False, soft_wrap=True, markup=False)

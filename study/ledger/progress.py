@@ -18,18 +18,18 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from study.files import UserError, printable, read_json, write_json, write_text
+from study.spec.extractors import EXTRACTORS
 from study.spec.probes import PROBES
 
 STOP_FILE = "results/.stop"
 
 GROUPS = {
     "convert": "data",
-    "convert_reference": "data",
     "extractor": "data",
     "reference": "data",
     "train": "train",
-    "generate": "generate",
-    "evaluate": "evaluate",
+    **dict.fromkeys(("generate", "generate_grid", "generate_none"), "generate"),
+    **{f"evaluate_{kind}": "evaluate" for kind in EXTRACTORS},
     **{f"probe_{kind}": "probe" for kind in PROBES},
     "aggregate": "report",
     "figures": "report",
@@ -43,7 +43,6 @@ SERIAL = {"data", "report"}
 
 SECONDS = {
     "convert": 4.0,
-    "convert_reference": 4.0,
     "extractor": 15.0,
     "reference": 5.0,
     "generate": 5.0,
@@ -62,7 +61,7 @@ OVERHEAD = 1.0
 
 @dataclass
 class Job:
-    """A job that is to run: its rule, its run if it has one, what it writes, what it should cost.
+    """A job that is to run: its rule, where it keeps its work, what it writes, what it should cost.
 
     ``kind`` groups jobs that should take equally long (such as one backbone's trainings);
     ``seconds`` is the first guess of its duration. ``submitted`` says that it was handed over to
@@ -70,7 +69,7 @@ class Job:
     """
 
     rule: str
-    run: str | None
+    work: Path | None
     output: str
     log: str
     kind: str = ""
@@ -187,9 +186,9 @@ class Progress:
             return 0.0
         if job.started is None:
             return cost
-        if job.rule in ("train", "generate") and job.run is not None:
-            facts = read_progress(self.results / "runs" / job.run)
-            if facts and facts["stage"] == job.rule and facts["time"] >= self.begun:
+        if job.work is not None:
+            facts = read_progress(job.work)
+            if facts and facts["time"] >= self.begun:
                 left = (facts["steps"] - facts["step"]) * facts["seconds"] / max(facts["step"], 1)
                 return max(left - (now - facts["time"]), 0.0)
         return max(cost - (now - job.started), 0.05 * cost)
@@ -259,10 +258,14 @@ class Progress:
         )
 
 
-def read_progress(run_folder: Path) -> dict[str, Any] | None:
-    """``state/progress.json`` of a run, or ``None`` where there is none to be read."""
+def read_progress(work: Path) -> dict[str, Any] | None:
+    """How far the training or generation is that keeps its work in a folder, if it says so.
+
+    A training keeps it in ``state/``, a generation in ``state/measurements/<measurement>/``.
+    """
+    path = work / "progress.json" if work.name == "state" else work.with_name(f"{work.name}.json")
     try:
-        facts = read_json(run_folder / "state" / "progress.json")
+        facts = read_json(path)
     except (UserError, OSError):
         return None
     if not isinstance(facts, dict) or not isinstance(facts.get("stage"), str):
@@ -271,10 +274,10 @@ def read_progress(run_folder: Path) -> dict[str, Any] | None:
     return facts if all(isinstance(number, int | float) for number in numbers) else None
 
 
-def kept(run_folder: Path) -> int:
-    """A number that grows whenever a run has kept more of its work: a checkpoint, some samples."""
-    state, times = run_folder / "state", [0]
-    for path in (state / "checkpoint.pt", *(state / "generate").glob("[!.]*.npz")):
+def kept(work: Path) -> int:
+    """A number that grows whenever more is kept of the work there: a checkpoint, some samples."""
+    times = [0]
+    for path in (work / "checkpoint.pt", *work.glob("[!.]*.npz")):
         with suppress(OSError):
             times.append(path.stat().st_mtime_ns)
     return max(times)

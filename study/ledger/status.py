@@ -1,19 +1,21 @@
 """How far every run of a study is, told from its files; works beside a running workflow."""
 
+import json
+import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from study.arms import Run, probed
+from study.arms import Run, probed, selected
 from study.arms import runs as resolve
 from study.averaging import remark
-from study.files import UserError, printable, read_json
+from study.files import JSON_BYTES, UserError, printable
 from study.ledger import contents, digest
-from study.ledger.progress import check_folder, duration, read_progress
-from study.spec.guidance import guidance_options
+from study.ledger.progress import duration, read_progress
+from study.protocols import Planned
 from study.spec.probes import ProbeOptions
 from study.spec.run import Spec
 from study.spec.study import Study, load
@@ -30,6 +32,9 @@ by other settings or code than today's; missing: nothing is there.
 ALIVE = 60.0
 """Seconds after which a run that writes no progress counts as stopped."""
 
+LISTED = 200
+"""Runs up to which each has its row."""
+
 COLOURS = {
     "done": "green",
     "running": "cyan",
@@ -39,6 +44,21 @@ COLOURS = {
     "stale": "yellow",
     "missing": "dim",
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What is there of a run's measurements.
+
+    ``to_sample`` has those without samples of today's code, ``to_measure`` those without metrics
+    (with the extractor); ``stale`` says why something that is there is made again; ``reason`` why a
+    number is missing.
+    """
+
+    to_sample: tuple[Planned, ...] = ()
+    to_measure: tuple[tuple[Planned, str], ...] = ()
+    stale: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,12 +72,22 @@ class State:
     steps: int | None = None
     left: float | None = None
     note: str = ""
+    measured: Measured = Measured()
+
+    @property
+    def counted(self) -> str:
+        """How many of its measurements are there, of how many."""
+        missing = {one.name for one, _ in self.measured.to_measure}
+        number = len(self.run.measurements)
+        return f"{number - len(missing)}/{number}"
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def _json(path: str | Path) -> dict[str, Any] | None:
+    """An object in a JSON file, if it is one. Studies have thousands: no more is asked here."""
     try:
-        content = read_json(path)
-    except UserError:
+        with open(path, "rb") as file:
+            content = json.loads(file.read(JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -68,7 +98,9 @@ def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> st
     ``data`` is the hash of the data set as it is now, where that is known.
     """
     try:
-        same = Spec.read(status["spec"]).key == run.spec.key
+        same = status["spec"] == run.spec.content() or (
+            Spec.read(status["spec"]).key == run.spec.key  # another version wrote it
+        )
     except (KeyError, TypeError, AttributeError, UserError):  # a spec of another version
         same = False
     if not same:
@@ -81,33 +113,48 @@ def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> st
     return ""
 
 
-def _unlike(study: Study, stage: str, run: Run, facts: Mapping[str, Any]) -> str:
-    """Why finished samples or metrics are not what would be made today; empty if they are."""
-    protocol = study.generation
-    if stage == "generate":
-        code = digest.generation(run.spec, protocol.sampler)
-    else:
-        code = digest.stage("evaluate")
-    if facts.get("code") not in (None, code):
-        return "its code has changed"
-    if stage == "evaluate":
-        same = facts.get("protocol") in (None, study.evaluation.protocol())
-        return "" if same else "made by another protocol"
-    if facts.get("status") not in ("done", "diverged"):
-        return ""
-    guidance = guidance_options(
-        protocol.guidance and protocol.guidance.model_dump(mode="json"), run.spec.formulation
-    )
-    drawn = facts["images"] + (facts.get("not_finite") or 0)
-    wanted = {
-        "sampler": protocol.sampler.model_dump(mode="json"),
-        "guidance": guidance and guidance.model_dump(mode="json"),
-        "seed": protocol.seed,
-        "weights": protocol.weights,
-        "images": protocol.images or drawn,
-    }
-    same = all({**facts, "images": drawn}.get(key) == value for key, value in wanted.items())
-    return "" if same else "made by another protocol"
+def _unlike(run: Run, one: Planned, facts: Mapping[str, Any]) -> str:
+    """Why finished samples are not what would be made today; empty if they are.
+
+    What they depend on is in the measurement's name, but for the code.
+    """
+    code = facts.get("generation_code", facts.get("code"))
+    same = code in (None, digest.generation(run.spec, one.cell.sampler))
+    return "" if same else "generate: its code has changed"
+
+
+def _unlike_metrics(one: Planned, kind: str, facts: Mapping[str, Any]) -> str:
+    """Why finished metrics are not what would be measured today; empty if they are."""
+    if facts.get("code") not in (None, digest.stage("evaluate")):
+        return "evaluate: its code has changed"
+    wanted = {"extractor": kind, "metrics": list(one.extractors[kind])}
+    return "" if facts.get("protocol") in (None, wanted) else "evaluate: other metrics are wanted"
+
+
+def measured(run: Run, folder: Path) -> Measured:
+    """Look at the measurements of the run in ``folder``."""
+    to_sample, to_measure = [], []
+    stale = reason = ""
+    for one in run.measurements:
+        place, drawn = f"{folder}/measurements/{one.name}", False
+        for kind in one.extractors:
+            facts = _json(f"{place}/{kind}.json")
+            if facts is None:
+                to_measure.append((one, kind))
+                facts = None if drawn else _json(f"{place}/generate.json")
+                again = "" if facts is None else _unlike(run, one, facts)
+                missing = facts is None and not drawn
+            else:
+                again, missing, drawn = _unlike(run, one, facts), False, True
+                unlike = again or _unlike_metrics(one, kind, facts)
+                if unlike:
+                    to_measure.append((one, kind))
+                    stale = stale or unlike
+                reason = reason or facts.get("reason") or ""
+            stale = stale or again
+            if (missing or again) and one not in to_sample:
+                to_sample.append(one)
+    return Measured(tuple(to_sample), tuple(to_measure), stale, reason)
 
 
 def _unlike_probe(probe: ProbeOptions, run: Run, facts: Mapping[str, Any]) -> str:
@@ -118,12 +165,36 @@ def _unlike_probe(probe: ProbeOptions, run: Run, facts: Mapping[str, Any]) -> st
     return "" if not options or probe.agrees(options) else "made with other options"
 
 
-def replaced(study: Study, results: Path) -> str:
-    """Why the data set will be converted anew, and all runs with it; empty if it will not be."""
-    archive = results / "datasets" / f"{study.dataset.name}.zip"
-    former = contents.made_from(archive)
-    same = former is None or contents.source(study.dataset.path, archive) == former
-    return "" if same else "its data set's source has changed"
+def replaced(study: Study, results: Path) -> dict[str, str]:
+    """By data set: why it is converted anew, and all its runs with it; empty if it is not."""
+    found = {}
+    for name, dataset in study.data.items():
+        archive = results / "datasets" / f"{name}.zip"
+        former = contents.made_from(archive)
+        same = former is None or contents.source(dataset.path, archive) == former
+        found[name] = "" if same else "its data set's source has changed"
+    return found
+
+
+def _at_work(run: Run, folder: Path, now: float) -> State | None:
+    """What a living job says of its progress; a training that stopped, too."""
+    state = folder / "state"
+    waiting, measuring = [(state, "lock")], state / "measurements"
+    for name in sorted(os.listdir(measuring)) if measuring.is_dir() else ():
+        if name.endswith(".json"):
+            stem = name.removesuffix(".json")
+            waiting.append((measuring / stem, f"{stem}.lock"))
+    for work, lock in waiting:
+        progress = read_progress(work)
+        if progress is None:
+            continue
+        # A training that leaves in order gives the run's lock back.
+        held = (work / lock if work == state else work.with_name(lock)).exists()
+        step, steps = progress["step"], progress["steps"]
+        if step < steps and held and now - progress["time"] < ALIVE:
+            left = (steps - step) * progress["seconds"] / max(step, 1)
+            return State(run, "running", progress["stage"], step, steps, left)
+    return None
 
 
 def state_of(
@@ -131,64 +202,72 @@ def state_of(
     folder: Path,
     now: float | None = None,
     study: Study | None = None,
-    source: str = "",
+    source: Mapping[str, str] | None = None,
+    data: Mapping[str, str | None] | None = None,
 ) -> State:
-    """Where the run in ``folder`` stands; with its study, samples and probes are looked at too.
+    """Where the run in ``folder`` stands; with its study, its probes are looked at too.
 
-    ``source`` is what `replaced` says.
+    ``source`` is what `replaced` says, ``data`` the hashes of data sets as they are now.
     """
     now = time.time() if now is None else now
-    progress = read_progress(folder)
     status = _json(folder / "train" / "status.json")
-    if progress is not None and not (status and progress["stage"] == "train"):
-        step, steps = progress["step"], progress["steps"]
-        # A training that leaves in order gives the run's lock back.
-        held = (folder / "state" / "lock").exists()
-        if step < steps and held and now - progress["time"] < ALIVE:
-            left = (steps - step) * progress["seconds"] / max(step, 1)
-            return State(run, "running", progress["stage"], step, steps, left)
+    running = _at_work(run, folder, now)
+    if running is not None and not (status and running.stage == "train"):
+        return replace(running, measured=measured(run, folder))
     if status is None:
-        if progress is not None and progress["stage"] == "train":
+        progress = read_progress(folder / "state")
+        if progress is not None:
             step, steps = progress["step"], progress["steps"]
-            return State(run, "stopped", "train", step, steps, note="the same command resumes")
-        return State(run, "missing")
+            note = "the same command resumes"
+            return State(run, "stopped", "train", step, steps, note=note, measured=_all(run))
+        return State(run, "missing", measured=_all(run))
     step, steps = status.get("step"), status.get("steps")
-    data = None
-    if study is not None:
-        archive = folder.parents[2] / "datasets" / f"{study.dataset.name}.zip"
-        data = (_json(contents.described(archive)) or {}).get("sha256")
-    why = outdated(run, status, data) or source
+    name = run.spec.dataset.name
+    why = outdated(run, status, (data or {}).get(name)) or (source or {}).get(name)
     if why:
-        return State(run, "stale", "train", step, steps, note=why)
+        return State(run, "stale", "train", step, steps, note=why, measured=_all(run))
     diverged = status.get("status") == "diverged"
-    reason = f"{status.get('reason')} at step {step}" if diverged else ""
-    for stage, name in (("generate", "generate.json"), ("evaluate", "fidelity.json")):
-        facts = _json(folder / stage / name)
-        if facts is None:
-            return State(run, "waiting", stage, step, steps, note=reason)
-        why = "" if study is None else _unlike(study, stage, run, facts)
-        if why:
-            return State(run, "stale", stage, step, steps, note=f"{stage}: {why}")
-        if stage == "generate" and not diverged:
-            reason = facts.get("reason") or ""
+    found = measured(run, folder)
+    reason = f"{status.get('reason')} at step {step}" if diverged else found.reason
+    at = (run, "waiting", "", step, steps)
+    here = State(*at, note=reason, measured=found)
+    if found.stale:
+        stage = "generate" if found.to_sample else "evaluate"
+        return replace(here, state="stale", stage=stage, note=found.stale)
+    if found.to_sample or found.to_measure:
+        return replace(here, stage="generate" if found.to_sample else "evaluate")
     for probe in () if study is None else study.probes:
         if run.name not in probed({run.name: run}, probe):
             continue
         facts, name = _json(folder / "probes" / f"{probe.kind}.json"), probe.kind.replace("_", " ")
         if facts is None:
-            return State(run, "waiting", "probe", step, steps, note=reason or name)
+            return replace(here, stage="probe", note=reason or name)
         why = _unlike_probe(probe, run, facts)
         if why:
-            return State(run, "stale", "probe", step, steps, note=f"{name}: {why}")
-    return State(run, "diverged" if diverged else "done", "", step, steps, note=reason)
+            return replace(here, state="stale", stage="probe", note=f"{name}: {why}")
+    return replace(here, state="diverged" if diverged else "done")
+
+
+def _all(run: Run) -> Measured:
+    """Nothing is there yet."""
+    wanted = tuple((one, kind) for one in run.measurements for kind in one.extractors)
+    return Measured(run.measurements, wanted)
+
+
+def data_hashes(study: Study, results: Path) -> dict[str, str | None]:
+    """The hashes of a study's data sets as they are now, where that is known."""
+    return {
+        name: (_json(contents.described(results / "datasets" / f"{name}.zip")) or {}).get("sha256")
+        for name in study.data
+    }
 
 
 def states(study: Study, results: Path = Path("results")) -> Iterator[State]:
     """Where every run of a study stands, in the study's order."""
-    source = replaced(study, results)
-    for run in resolve(study).values():
+    source, data = replaced(study, results), data_hashes(study, results)
+    for run in selected(study, resolve(study)).values():
         folder = results / study.study / "runs" / run.name
-        yield state_of(run, folder, study=study, source=source)
+        yield state_of(run, folder, study=study, source=source, data=data)
 
 
 def _table(study: Study, found: list[State]) -> Any:
@@ -196,9 +275,9 @@ def _table(study: Study, found: list[State]) -> Any:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("arm", "seed", "state", "step", "left", ""):
-        table.add_column(column, justify="right" if column in ("step", "left") else "left")
-    averaged = study.generation.weights == "ema"
+    for column in ("arm", "seed", "state", "step", "measured", "left", ""):
+        right = column in ("step", "measured", "left")
+        table.add_column(column, justify="right" if right else "left")
     for one in found:
         step = "" if one.step is None else f"{one.step}/{one.steps}"
         state = one.state + (f": {one.stage}" if one.stage and one.state != "stale" else "")
@@ -207,10 +286,17 @@ def _table(study: Study, found: list[State]) -> Any:
             one.run.axes["seed"],
             Text(state, style=COLOURS[one.state]),
             step,
+            one.counted,
             "" if one.left is None else duration(one.left),
-            Text(printable("; ".join(filter(None, (one.note, averaged and remark(one.run.spec)))))),
+            Text(printable("; ".join(filter(None, (one.note, young(one.run)))))),
         )
     return table
+
+
+def young(run: Run) -> str:
+    """What to say of an average that has hardly begun, where the run is measured with it."""
+    main = next(iter(run.measurements), None)
+    return remark(run.spec, main.cell.weights, main.step) if main else ""
 
 
 def summary(study: Study, found: list[State]) -> str:
@@ -233,7 +319,7 @@ def checkpoints(study: Study, results: Path = Path("results")) -> str:
 
 
 def show(
-    config: str | Path = "config.yaml",
+    config: str | Path | Mapping[str, Any] = "config.yaml",
     watch: bool = False,
     results: str | Path = "results",
     interval: float = 2.0,
@@ -245,12 +331,11 @@ def show(
 
     from study.ledger.checks import check, kept_archives, missing_files
 
-    check_folder(results)
     study, results = load(config), Path(results)
     found = resolve(study)
     told = [
         *check(study, found, results),
-        *missing_files(study, found, results),
+        *missing_files(study, selected(study, found), results),
         *kept_archives(study, results),
     ]
     console = Console()
@@ -259,9 +344,16 @@ def show(
 
     def picture() -> Group:
         found = list(states(study, results))
-        if watch:  # a screen shows what moves; the finished and the missing are in the summary
-            moving = [one for one in found if one.state not in ("done", "missing")]
+        # What moves; the finished and the missing are in the summary.
+        moving = [one for one in found if one.state not in ("done", "missing")]
+        if watch:
             return Group(_table(study, moving[: max(console.height - 4, 1)]), summary(study, found))
+        if len(found) > LISTED:
+            return Group(
+                _table(study, moving[:LISTED]),
+                Text(summary(study, found)),
+                Text(f"of more than {LISTED} runs those are listed that move; --only chooses some"),
+            )
         return Group(
             _table(study, found), Text(summary(study, found)), Text(checkpoints(study, results))
         )

@@ -1,5 +1,6 @@
 """From seeds to images: every sample is a function of its own seed."""
 
+import shutil
 import sys
 import time
 import zipfile
@@ -20,13 +21,23 @@ from study.backbones.base import check_attention
 from study.data import Archive
 from study.diffusion.guidance import guided
 from study.diffusion.samplers import NoiseSource, sampler
-from study.files import UserError, atomic, canonical_json, read_json, sha256, write_json
+from study.files import (
+    UserError,
+    atomic,
+    canonical_json,
+    read_json,
+    read_object,
+    sha256,
+    write_json,
+)
 from study.network import arithmetic, build_network
 from study.pictures import in_order, tile
 from study.processes import own_environment
 from study.provenance import Stopwatch, provenance
 from study.sampling.decoder import LatentDecoder, load_decoder
 from study.spec.guidance import guidance_options, nfe
+from study.spec.measuring import BestOf, Decoding, Measurement
+from study.spec.metrics import NUMBERS
 from study.spec.run import Spec
 from study.trained import BrokenWeights, denoiser_of, load_weights, read_status
 
@@ -55,13 +66,22 @@ def _save_samples(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
         np.savez(file, images, labels)
 
 
-def _labels(archive: Archive, conditional: bool, seeds: range) -> np.ndarray:
-    """Class labels of samples: the data set's own, classes taking turns by their shares.
+def _labels(archive: Archive, conditional: bool, seeds: range, chosen: Any) -> np.ndarray:
+    """Class labels of samples. ``data``: the data set's own, classes taking turns by their shares.
 
     Sample i's label depends on i alone; as many samples as images have exactly their proportions.
+    ``uniform``: all classes take turns; else the chosen ones do.
     """
     if not conditional:
         return np.zeros(len(seeds), np.int64)
+    if chosen != "data":
+        classes = range(archive.num_classes) if chosen == "uniform" else chosen.classes
+        if max(classes) >= archive.num_classes:
+            raise UserError(
+                f"labels: {max(classes)} is no class of data set {archive.name}, whose classes are "
+                f"0 to {archive.num_classes - 1}"
+            )
+        return np.array(classes)[np.arange(seeds.start, seeds.stop) % len(classes)]
     labels = archive.labels
     turn = np.empty(len(labels))
     for label in np.unique(labels):
@@ -117,6 +137,10 @@ class _Parts:
         for path in self.folder.glob("[!.]*"):
             path.unlink()
 
+    def remove(self) -> None:
+        """Leave nothing; a temporary file of a killed attempt does not stay either."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
 
 def _skip(
     out: Path, archive: Archive, facts: dict[str, Any], word: str, reason: str
@@ -133,53 +157,76 @@ def _skip(
     return facts
 
 
-def _decoder(protocol: dict[str, Any], archive: Archive) -> LatentDecoder | None:
-    """What makes images of samples: the protocol's decoder for latents, nothing for images."""
-    settings = protocol.get("decoder")
+def _decoder(settings: Decoding | None, weights: str, archive: Archive) -> LatentDecoder | None:
+    """What makes images of samples: a decoder for latents, nothing for images."""
     if archive.latents and settings is None:
         raise UserError(
-            f"generation.decoder: missing; data set {archive.name} holds latents, which become "
+            f"dataset.decoder: missing; data set {archive.name} holds latents, which become "
             "images only through an autoencoder (weights, scale)"
         )
     if settings is None:
         return None
     if not archive.latents:
         raise UserError(
-            f"generation.decoder: data set {archive.name} holds images; leave the decoder out"
+            f"dataset.decoder: data set {archive.name} holds images; leave the decoder out"
         )
-    decoder = load_decoder(settings["weights"], settings["scale"])
+    if not weights:
+        raise UserError("dataset.decoder.weights: missing; the file of the autoencoder's weights")
+    decoder = load_decoder(weights, settings.scale)
     channels = decoder.post_quant_conv.in_channels
     if channels != archive.channels:
         raise UserError(
-            f"generation.decoder: decodes latents of {channels} channels, but those of "
+            f"dataset.decoder: decodes latents of {channels} channels, but those of "
             f"{archive.name} have {archive.channels}"
         )
     return decoder
 
 
+def best_step(metric: str, values: dict[int, list[float]]) -> int | None:
+    """The step whose measurements have the best mean of a metric; the earliest of equal ones."""
+    sign = 1 if NUMBERS[metric].better == "lower" else -1
+    means = {step: sign * sum(found) / len(found) for step, found in values.items() if found}
+    return min(sorted(means), key=means.__getitem__, default=None)
+
+
+def _best(run_dir: Path, best: BestOf) -> int | None:
+    """The snapshot of a run that other measurements found best; ``None`` where all failed."""
+    values: dict[int, list[float]] = {}
+    for name in best.best:
+        folder = run_dir / "measurements" / name
+        step = read_object(folder / "generate.json", "step")["step"]
+        found = read_object(folder / f"{best.extractor}.json", "metrics", "bases")
+        value = found["metrics"].get(found["bases"].get(best.metric))
+        if value is not None:
+            values.setdefault(step, []).append(value)
+    return best_step(best.metric, values)
+
+
 def generate(
     run_dir: str | Path,
-    protocol: dict[str, Any],
+    measurement: Measurement,
     data: str | Path,
     out: str | Path,
     *,
+    decoder: str = "",
     batch: int = 256,
     threads: int | None = None,
     code: str | None = None,
 ) -> dict[str, Any]:
-    """Generate the images of a trained run.
+    """Generate the images of a trained run for one measurement.
 
-    ``run_dir`` holds ``train/``; ``protocol`` is a study's ``generation`` section; ``data`` is the
-    data set archive (for the image size, the number of images and the labels); ``batch`` images
-    are made at a time; ``code`` is the digest of the generating code, and batches that other code
-    left unfinished are not used. Latents are decoded with the protocol's decoder. Writes
-    ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels), ``grid.png`` and
-    ``generate.json``, and returns what that holds.
+    ``run_dir`` holds ``train/`` (and ``measurements/``, where the best snapshot is asked for);
+    ``data`` is the data set archive (for the image size, the number of images and the labels);
+    ``batch`` images are made at a time; ``code`` is the digest of the generating code, and batches
+    that other code left unfinished are not used. Latents are decoded with the weights in the file
+    ``decoder``. Writes ``samples.npz`` (``arr_0`` uint8 [n, H, W, C], ``arr_1`` int64 labels),
+    ``grid.png`` and ``generate.json``, and returns what that holds.
 
-    ``status`` is ``skipped`` for a run without images: one that diverged, or whose weights are not
-    finite. It is ``diverged`` where samples (or what the decoder makes of them) are not finite: no
-    image is made of these, ``not_finite`` counts them, ``not_finite_seeds`` names them. Else it is
-    ``done``. Raises ``UserError`` where weights are missing or do not fit.
+    ``status`` is ``skipped`` for a run without images: one that diverged before the step that is
+    asked for, or whose weights are not finite. It is ``diverged`` where samples (or what the
+    decoder makes of them) are not finite: no image is made of these, ``not_finite`` counts them,
+    ``not_finite_seeds`` names them. Else it is ``done``. Raises ``UserError`` where weights are
+    missing or do not fit.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -188,48 +235,60 @@ def generate(
     status = read_status(train)
     archive = Archive(data)
     spec = Spec.read(status["spec"])  # older runs lack newer options
-    draw = sampler(protocol["sampler"])
-    guidance = guidance_options(protocol["guidance"], spec.formulation)
+    draw = sampler(measurement.sampler)
+    guidance = guidance_options(
+        measurement.guidance and measurement.guidance.model_dump(mode="json"), spec.formulation
+    )
+    at = measurement.at
+    step = at if isinstance(at, int) else status.get("steps", spec.steps)
+    if isinstance(at, BestOf):
+        step = _best(run_dir, at)
     facts = {
-        "seed": protocol["seed"],
+        "measurement": measurement.name,
+        "snapshot": "best" if isinstance(at, BestOf) else at,
+        "step": step,
+        "seed": measurement.seed,
         "sampler": draw.options.model_dump(mode="json"),
         "guidance": None if guidance is None else guidance.model_dump(mode="json"),
-        "weights": protocol["weights"],
-        "nfe": nfe(protocol["sampler"], protocol["guidance"], spec.formulation),
+        "weights": measurement.weights,
+        "labels": measurement.model_dump(mode="json")["labels"],
+        "nfe": nfe(measurement.sampler, guidance, spec.formulation),
         "precision": spec.training.precision,
         "code": code,
     }
     out.mkdir(parents=True, exist_ok=True)
-    if status["status"] == "diverged":
+    if step is None:
+        return _skip(out, archive, facts, "no snapshot", "no snapshot has a measurement")
+    if status["status"] == "diverged" and (at == "final" or step > status["step"]):
         word = f"diverged at step {status['step']}"
         return _skip(out, archive, facts, word, f"training {word}: {status['reason']}")
     with own_environment():
         device = Accelerator(cpu=not torch.cuda.is_available() or None).device
     check_attention(spec.training.attention, device)
-    decoder = _decoder(protocol, archive)
-    if decoder is not None:
-        decoder.to(device)
-        facts["decoder"] = {
-            "scale": decoder.scale,
-            "weights_sha256": sha256(protocol["decoder"]["weights"]),
-        }
+    decode = _decoder(measurement.decoder, decoder, archive)
+    if decode is not None:
+        decode.to(device)
+        facts["decoder"] = {"scale": decode.scale, "weights_sha256": sha256(decoder)}
     network = build_network(spec, archive).to(device).eval()
     try:
-        weights_sha256 = sha256(load_weights(network, train, protocol["weights"]))
+        at_end = at == "final" or step == status["step"]
+        path = load_weights(network, train, measurement.weights, None if at_end else step)
+        weights_sha256 = sha256(path)
     except BrokenWeights as error:
         return _skip(out, archive, facts, "weights not finite", str(error))
     denoiser = denoiser_of(spec, network, device)
-    if protocol["guidance"] is not None:
-        denoiser = guided(denoiser, protocol["guidance"], null_label=archive.num_classes)
+    if guidance is not None:
+        denoiser = guided(denoiser, guidance, null_label=archive.num_classes)
 
-    count = protocol["images"] or len(archive)
-    seeds = range(protocol["seed"], protocol["seed"] + count)
+    count = measurement.images or len(archive)
+    seeds = range(measurement.seed, measurement.seed + count)
     conditional = spec.training.conditional
-    labels = _labels(archive, conditional, seeds)
+    labels = _labels(archive, conditional, seeds, measurement.labels)
     shape = (archive.channels, archive.resolution, archive.resolution)
     identity = {**facts, "spec": spec.key, "data": archive.sha256, "batch": batch}
+    state = run_dir / "state" / "measurements"
     parts = _Parts(
-        run_dir / "state" / "generate",
+        state / out.name,
         {**identity, "images": count, "weights_sha256": weights_sha256},
     )
     stopwatch = Stopwatch(device, before=parts.seconds)
@@ -248,14 +307,15 @@ def generate(
             with arithmetic(facts["precision"]):
                 made = draw.sample(denoiser, latents, label, noise=source)
             sound = finite(made)
-            if decoder is not None:
-                made = decoder.decode(made)
+            if decode is not None:
+                made = decode.decode(made)
                 sound &= finite(made)
             made = to_uint8(made[sound]), sound.cpu().numpy()
             parts.save(start, *made, stopwatch.seconds)
         images.append(made[0])
         whole.append(made[1])
-        _progress(run_dir, start + len(made[1]), count, stopwatch.seconds)
+        done = {"step": start + len(made[1]), "steps": count, "seconds": stopwatch.seconds}
+        write_json(state / f"{out.name}.json", {"stage": "generate", **done, "time": time.time()})
     seconds = stopwatch.seconds
     samples, kept = np.concatenate(images), np.concatenate(whole)
     absent = np.flatnonzero(~kept)
@@ -264,13 +324,14 @@ def generate(
     broken = f"{len(absent)} of {count} samples are not finite" if len(absent) else None
     if broken:
         print(f"study: {broken}: no image is made of them", file=sys.stderr)
+    young = remark(spec, measurement.weights, step)
     result = {
         "status": "diverged" if broken else "done",
         "reason": broken,
         "images": len(samples),
         "not_finite": len(absent),
-        "not_finite_seeds": (protocol["seed"] + absent).tolist(),
-        **({"remark": remark(spec)} if protocol["weights"] == "ema" and remark(spec) else {}),
+        "not_finite_seeds": (measurement.seed + absent).tolist(),
+        **({"remark": young} if young else {}),
         **facts,
         "weights_sha256": weights_sha256,
         "samples_sha256": sha256(out / "samples.npz"),
@@ -280,11 +341,6 @@ def generate(
         "provenance": provenance(device),
     }
     write_json(out / "generate.json", result)
-    parts.clear()
+    parts.remove()
+    (state / f"{out.name}.json").unlink(missing_ok=True)
     return result
-
-
-def _progress(run_dir: Path, done: int, count: int, seconds: float) -> None:
-    path = run_dir / "state" / "progress.json"
-    progress = {"stage": "generate", "step": done, "steps": count, "seconds": seconds}
-    write_json(path, {**progress, "time": time.time()})

@@ -1,6 +1,7 @@
 """What every section of a study is made of."""
 
 import difflib
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -12,14 +13,16 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Discriminator,
+    Field,
     StringConstraints,
     Tag,
     ValidationError,
+    WrapSerializer,
     model_serializer,
     model_validator,
 )
 
-from study.files import UserError
+from study.files import UserError, canonical_json
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]
 
@@ -96,6 +99,35 @@ def kinds(models: Mapping[str, type[Options]], description: str) -> Any:
     ]
 
 
+def _as_given(values: Any, dump: Any) -> Any:
+    written = dump(values)
+    return written[0] if len(written) == 1 else written
+
+
+def axis(one: Any) -> Any:
+    """The type of a value, or a list of values of which each makes measurements of its own."""
+
+    def tag(value: Any) -> str:
+        return "<many>" if isinstance(value, list | tuple) else "<one>"
+
+    def each_once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        for number, value in enumerate(values):
+            if value in values[:number]:
+                raise ValueError(f"entries {values.index(value)} and {number} are the same")
+        return values
+
+    choices = (
+        Annotated[one, AfterValidator(lambda value: (value,)), Tag("<one>")],
+        Annotated[tuple[one, ...], Field(min_length=1), AfterValidator(each_once), Tag("<many>")],
+    )
+    return Annotated[
+        Union[choices],  # noqa: UP007
+        Discriminator(tag),
+        # One value is written as it was given, not as a list of one.
+        WrapSerializer(_as_given),
+    ]
+
+
 def of_kind(models: Mapping[str, type[Options]], content: Any, what: str) -> Any:
     """The checked options of ``{"kind": ..., ...}``; options stay as they are.
 
@@ -153,6 +185,16 @@ class Shorthand(Model):
         full = handler(core)
         description = (cls.__doc__ or "").strip().splitlines()[0]
         return {"anyOf": [{"type": "string"}, full], "description": description}
+
+
+def digest(content: Any) -> str:
+    """Eight hex digits that stand for ``content``."""
+    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:8]
+
+
+def slug(text: str) -> str:
+    """``text`` as a part of a folder's name."""
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")
 
 
 def call(text: str) -> tuple[str, str | None]:

@@ -23,6 +23,10 @@ IMAGES = {
 """Images of sources that are always the same."""
 
 
+CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
+"""Classes of sources that are always the same."""
+
+
 class DatasetSettings(Model):
     """What a data set is: its source, and how it is converted."""
 
@@ -102,6 +106,11 @@ class DatasetSettings(Model):
         return known and min(known, self.max_images or known)
 
     @property
+    def known_classes(self) -> int | None:
+        """How many classes its labels have; ``None`` where its source decides."""
+        return self.classes or CLASSES.get(self.source)
+
+    @property
     def shape(self) -> tuple[int | None, int | None]:
         """Resolution and channels that the settings fix; ``None`` where the images decide."""
         native = {"digits": 8, "cifar10": 32}.get(self.source)
@@ -117,8 +126,8 @@ class DatasetSettings(Model):
         return 1 if self.color == "grey" else 3
 
 
-class Dataset(DatasetSettings):
-    """The data set: what it is, and where it lies."""
+class Images(DatasetSettings):
+    """A data set: what it is, and where it lies."""
 
     path: Place | None = Field(None, description="Folder, zip or tar to read; ~ is your home.")
     on_error: Literal["fail", "skip"] = Field(
@@ -141,3 +150,31 @@ class Dataset(DatasetSettings):
     def settings(self) -> DatasetSettings:
         """The data set wherever it lies."""
         return DatasetSettings(**self.model_dump(include=set(DatasetSettings.model_fields)))
+
+
+class Decoder(Model):
+    """The autoencoder that turns generated latents into images."""
+
+    weights: Place = Field(
+        description="File with the weights of a Stable Diffusion autoencoder: .safetensors, or "
+        "tensors that torch saved; keys of the original code or of diffusers."
+    )
+    scale: float = Field(
+        gt=0, description="Latents are divided by it before they are decoded, e.g. 0.18215."
+    )
+
+
+class Dataset(Images):
+    """A data set that runs are trained on, and what their samples are measured against."""
+
+    reference: Images | None = Field(
+        None, description="Images to measure against; null = those of the data set itself."
+    )
+    decoder: Decoder | None = Field(
+        None, description="What decodes latents; needed by data sets of latents, and only there."
+    )
+
+    @property
+    def measured(self) -> Images:
+        """The images that samples are measured against."""
+        return self.reference or self

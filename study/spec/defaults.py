@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from study.files import canonical_json, read_json, write_text
 from study.spec import data, guidance, measuring, scalings, study, targets, training
 from study.spec.backbones import FAMILIES
+from study.spec.extractors import EXTRACTORS
 from study.spec.formulations import FORMULATIONS
 from study.spec.probes import PROBES
 from study.spec.run import Backbone, Seeds, Untrained
@@ -32,15 +33,16 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training.models": training.SplitModel,
     "seeds": Seeds,
     "backbone": Backbone,
-    "generation": measuring.Generation,
+    "protocol": measuring.Protocol,
+    "measurement": measuring.Measurement,
     "guidance": guidance.GuidanceOptions,
-    "evaluation": measuring.Evaluation,
     "grid": study.Grid,
     "arm": study.Arm,
     "study": study.Study,
     **{f"backbone {name}": family.options for name, family in FAMILIES.items()},
     **{f"formulation {kind}": model for kind, model in FORMULATIONS.items()},
     **{f"sampler {kind}": model for kind, model in SAMPLERS.items()},
+    **{f"extractor {kind}": model for kind, model in EXTRACTORS.items()},
     **{f"probe {kind}": model for kind, model in PROBES.items()},
 }
 
@@ -51,7 +53,11 @@ def now() -> dict[str, dict[str, Any]]:
     found = {}
     for name, model in SECTIONS.items():
         given = model.model_construct().model_dump(mode="json", warnings=False)
-        optional = [key for key, field in model.model_fields.items() if not field.is_required()]
+        optional = [
+            key
+            for key, field in model.model_fields.items()
+            if not field.is_required() and not field.exclude
+        ]
         found[name] = {key: given[key] for key in optional}
     return found
 

@@ -44,11 +44,16 @@ def _siblings(model: Any, place: tuple[Any, ...]) -> list[str]:
     found = _models(model)
     for part in place[:-1]:
         if str(part).startswith("<"):
-            kinds = [one for one in found if "kind" in one.model_fields]
-            found = [k for k in kinds if f"<{k.model_fields['kind'].default}>" == part] or found
+            of_kind = [one for one in found if f"<{_kind(one)}>" == part]
+            found = of_kind or found
         elif found and part in found[0].model_fields:
             found = _models(found[0].model_fields[part].annotation) or found
     return list(found[0].model_fields) if found else []
+
+
+def _kind(model: type[BaseModel]) -> Any:
+    """The kind of options; nothing for a section that has none."""
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

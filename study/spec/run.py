@@ -5,8 +5,6 @@ leaves out defaults, so a new option with its default keeps every old name, and 
 cannot change numbers (``Study.machine``, paths, display names, notes).
 """
 
-import hashlib
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +13,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, model_validator
 
 from study.files import UserError, canonical_json
 from study.spec.backbones import BackboneOptions, Family, family
-from study.spec.base import Model
+from study.spec.base import Model, digest, slug
 from study.spec.data import DatasetSettings
 from study.spec.explain import check, explain
 from study.spec.formulations import Formulation, FormulationOptions
@@ -196,7 +194,7 @@ class Spec(Model):
     def slug(self) -> str:
         """What it is at a glance: family, skip scaling, target."""
         family, scaling = self.backbone.family, self.skip_scaling
-        return f"{_slug(family)}-{_slug(str(scaling))}-{self.target.kind}"
+        return f"{slug(family)}-{slug(str(scaling))}-{self.target.kind}"
 
     @property
     def name(self) -> str:
@@ -241,6 +239,12 @@ class Spec(Model):
         """What the averages of the weights are called, which every kept step has."""
         return tuple(self.training.averages)
 
+    def kept(self, step: int) -> tuple[str, ...]:
+        """Which weights are kept at a step: the averages, and raw ones at the last or by choice."""
+        kept = self.training.snapshots
+        raw = step == self.snapshots[-1] or (kept is not None and kept.raw)
+        return (*self.averages, "raw") if raw else self.averages
+
     @property
     def unsupported(self) -> str | None:
         """Why such a run cannot be trained or sampled by the stages as they are, if so."""
@@ -255,12 +259,3 @@ class Spec(Model):
     def shape(self) -> tuple[int | None, int | None]:
         """Resolution and channels that the data set fixes; ``None`` where its images decide."""
         return self.dataset.shape
-
-
-def digest(content: Any) -> str:
-    """Eight hex digits that stand for ``content``."""
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()[:8]
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-")

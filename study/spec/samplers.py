@@ -19,8 +19,13 @@ from study.files import UserError
 from study.spec.base import Options, kinds
 from study.spec.steps import Sigma, Steps, check_betas, kept_steps
 
-Count = Annotated[int, Field(ge=1, le=100_000)]
-"""Steps of a sampler."""
+_COUNT = {"type": "integer", "minimum": 1, "maximum": 100_000}
+Count = Annotated[
+    int,
+    Field(ge=1, le=100_000),
+    WithJsonSchema({"anyOf": [_COUNT, {"type": "array", "items": _COUNT, "minItems": 1}]}),
+]
+"""Steps of a sampler; a protocol may list several."""
 
 
 def _infinite(value: Any) -> Any:

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from study.files import UserError
 from study.spec.backbones import FAMILIES
-from study.spec.base import Model, Name, Place, Shorthand
+from study.spec.base import Model, Name, Options, Place, Shorthand, axis
 from study.spec.data import Dataset
 from study.spec.explain import check, leaves
 from study.spec.formulations import EDMOptions, Formulation
-from study.spec.measuring import Evaluation, Generation
+from study.spec.measuring import Only, Protocol
 from study.spec.origins import Published, Source
 from study.spec.probes import Probe
 from study.spec.run import Identity
@@ -47,6 +47,7 @@ class Machine(Model):
         None, ge=1, description="Steps per log row; null = the power of two with 100 to 200 rows."
     )
     save_every: float = Field(60.0, gt=0, description="Seconds between checkpoints.")
+    sampling_batch: int = Field(256, ge=1, description="Images that are sampled at a time.")
     resident_mib: int = Field(4096, ge=0, description="Keep data sets up to this size in memory.")
 
 
@@ -70,6 +71,9 @@ class BackboneEntry(Model):
 class Grid(Model):
     """Axes of a grid; every combination is an arm."""
 
+    dataset: axis(Name) | None = Field(
+        None, description="Names under `datasets`; null = the only one."
+    )
     backbone: tuple[str, ...] = Field(min_length=1, description="Names under `backbones`.")
     skip_scaling: tuple[SkipScaling, ...] = Field(
         (SkipScaling(method="none"),), min_length=1, description="Skip scalings, e.g. [none, ls]."
@@ -119,6 +123,7 @@ class Arm(Model):
     """One extra arm: what differs from the study's settings."""
 
     name: str | None = Field(None, min_length=1, description="Display name, free text.")
+    dataset: Name | None = Field(None, description="A name under `datasets`; null = the only one.")
     backbone: str = Field(description="A name under `backbones`.")
     options: dict[str, Any] = Field({}, description="Backbone options of this arm only.")
     skip_scaling: SkipScaling = SkipScaling(method="none")
@@ -132,11 +137,14 @@ class Arm(Model):
 
 
 class Study(Model):
-    """A study: a data set, a grid of arms, extra arms, protocols."""
+    """A study: data sets, a grid of arms, extra arms, protocols."""
 
     study: Name = Field(description="Name; results/<study> and reports/<study>.")
     title: str = Field("", description="Heading of the report.")
-    dataset: Dataset
+    dataset: Dataset | None = Field(None, description="The data set; or `datasets`.")
+    datasets: dict[Name, Dataset] = Field(
+        {}, description="Several data sets by their names; grids and arms choose."
+    )
     grid: tuple[Grid, ...] = Field(
         (), description="Every combination of its axes is an arm; one grid or a list of grids."
     )
@@ -145,8 +153,14 @@ class Study(Model):
     backbones: dict[Name, BackboneEntry] = Field({}, description="What backbone names stand for.")
     formulation: Formulation = Field(EDMOptions(), description="The same for all arms.")
     training: Training
-    generation: Generation
-    evaluation: Evaluation
+    protocols: dict[Name, Protocol] = Field(
+        min_length=1,
+        description="How quality is measured. Tables of arms compare the numbers of the first one, "
+        "in the first of its cells.",
+    )
+    only: Only | None = Field(
+        None, description="Work on these arms alone; for command lines, as in --config 'only=...'."
+    )
     probes: tuple[Probe, ...] = Field(
         (), description="Measurements of networks and targets beside sample quality."
     )
@@ -177,6 +191,28 @@ class Study(Model):
                 raise ValueError(f"{kind} is listed twice; a study has one of each kind")
         return probes
 
+    @model_validator(mode="after")
+    def _has_data(self) -> "Study":
+        if self.dataset is None and not self.datasets:
+            raise ValueError("dataset: missing; a study has `dataset`, or several as `datasets`")
+        if self.dataset is not None and self.datasets:
+            raise ValueError("dataset: the study has `datasets`, too; put it there")
+        return self
+
+    @property
+    def data(self) -> dict[str, Dataset]:
+        """The data sets by name, however many."""
+        return self.datasets or {self.dataset.name: self.dataset}
+
+    @property
+    def extractors(self) -> dict[str, Options]:
+        """The extractors of all protocols by kind, each with the options that it has first."""
+        found: dict[str, Options] = {}
+        for protocol in self.protocols.values():
+            for one in protocol.extractors:
+                found.setdefault(one.kind, one)
+        return found
+
     @classmethod
     def __get_pydantic_json_schema__(cls, core: Any, handler: Any) -> dict[str, Any]:
         full = handler.resolve_ref_schema(handler(core))
@@ -184,6 +220,10 @@ class Study(Model):
         description = grid.pop("description")
         one = grid["items"]
         full["properties"]["grid"] = {"anyOf": [one, grid], "description": description}
+        (named,) = full["properties"]["datasets"]["patternProperties"].items()
+        dataset = handler.resolve_ref_schema(named[1])
+        unnamed = {**dataset, "required": [key for key in dataset["required"] if key != "name"]}
+        full["properties"]["datasets"]["patternProperties"] = {named[0]: unnamed}
         return full
 
 
@@ -231,9 +271,61 @@ def load(source: str | Path | Mapping[str, Any]) -> Study:
     study = dict(content)
     if isinstance(study.get("grid"), Mapping):
         study["grid"] = [study["grid"]]
-    result = check(Study, study)
+    if isinstance(study.get("datasets"), Mapping):
+        study["datasets"] = _named(study["datasets"])
+    if isinstance(study.get("protocols"), Mapping):
+        study["protocols"] = _protocols(study["protocols"])
+    try:
+        result = check(Study, study)
+    except UserError as error:
+        raise UserError(*_once(str(error).splitlines(), content)) from None
     _check_sources(content)
     return result
+
+
+def _named(datasets: Mapping[str, Any]) -> dict[str, Any]:
+    """The data sets with their keys as their names."""
+    named = {}
+    for key, one in datasets.items():
+        if isinstance(one, Mapping) and one.get("name", key) != key:
+            raise UserError(f"datasets.{key}.name: {one['name']!r}; leave it out, or write {key}")
+        named[key] = {"name": key, **one} if isinstance(one, Mapping) else one
+    return named
+
+
+def _protocols(protocols: Mapping[str, Any]) -> dict[str, Any]:
+    """The protocols with what they take from others, and every number of a sampler's steps."""
+    whole: dict[str, Any] = {}
+    for name, one in protocols.items():
+        if isinstance(one, Mapping) and "like" in one:
+            other = protocols.get(one["like"]) if isinstance(one["like"], str) else None
+            if not isinstance(other, Mapping) or "like" in other:
+                written = {k: v for k, v in protocols.items() if isinstance(v, Mapping)}
+                full = (k for k, v in written.items() if "like" not in v)
+                raise UserError(
+                    f"protocols.{name}.like: {one['like']!r} is no protocol that is written in "
+                    f"full; allowed: {', '.join(full) or 'none'}"
+                )
+            one = {**other, **{key: value for key, value in one.items() if key != "like"}}
+        whole[name] = one
+        sampler = one.get("sampler") if isinstance(one, Mapping) else None
+        if isinstance(sampler, Mapping) and isinstance(sampler.get("steps"), list):
+            each = [{**sampler, "steps": steps} for steps in sampler["steps"]]
+            whole[name] = {**one, "sampler": each}
+    return whole
+
+
+def _once(lines: list[str], content: Mapping[str, Any]) -> list[str]:
+    """The mistakes without those that a protocol has from another one, where they are told."""
+    protocols = content.get("protocols")
+    found = []
+    for line in lines:
+        place = re.match(r"protocols\.([^.:]+)\.(\w+)", line)
+        one = protocols.get(place[1]) if place and isinstance(protocols, Mapping) else None
+        if isinstance(one, Mapping) and "like" in one and place[2] not in one:
+            continue
+        found.append(line)
+    return found or lines
 
 
 def schema() -> dict[str, Any]:

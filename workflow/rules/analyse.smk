@@ -4,9 +4,9 @@
 
 rule aggregate:
     input:
-        status=collect(f"{RUN}/train/status.json", run=RUNS),
-        samples=collect(f"{RUN}/generate/generate.json", run=RUNS),
-        metrics=collect(f"{RUN}/evaluate/fidelity.json", run=RUNS),
+        status=collect(f"{RUN}/train/status.json", run=CHOSEN),
+        samples=facts_of(CHOSEN),
+        metrics=metrics_of(CHOSEN),
         probes=[path for kind in PROBED for path in probe_results(kind)],
     output:
         summary=report(
@@ -48,6 +48,8 @@ rule aggregate:
         pairs=f"{TABLES}/stability_pairs.csv",
         runs=f"{TABLES}/runs.csv",
         metrics=f"{TABLES}/metrics.csv",
+        measurements=f"{TABLES}/measurements.csv",
+        curves=f"{TABLES}/curves.csv",
         identities=f"{TABLES}/identities.csv",
         dynamics=f"{TABLES}/dynamics.parquet",
         oscillation=f"{TABLES}/oscillation.csv",

@@ -1,46 +1,29 @@
-# From a source to the data set's archive, and once per archive its reference features.
+# From a source to a data set's archive, and once per archive and extractor its reference features.
 
 
 rule convert:
     output:
         archive=ensure(ARCHIVE, non_empty=True),
-        described=DESCRIBED,
+        described=contents.described(ARCHIVE),
     log:
         f"{ARCHIVE}.log",
     conda:
         "../../envs/compute.yaml"
     resources:
-        source=STUDY.dataset.path or "",
-        on_error=STUDY.dataset.on_error,
+        source=lambda wildcards: DATA[wildcards.dataset].path or "",
+        on_error=lambda wildcards: DATA[wildcards.dataset].on_error,
     params:
-        spec=DATASET,
-        code=conversion_code(STUDY.dataset),
-        source=SOURCES.get(ARCHIVE, ""),
+        spec=lambda wildcards: as_parameter(DATA[wildcards.dataset], exclude=arms.NOT_SETTINGS),
+        code=conversion_code,
+        source=lambda wildcards: SOURCES.get(archive_of(wildcards.dataset), ""),
     shell:
         "python -m study convert --spec {params.spec:q} --source-path={resources.source:q} --on-error {resources.on_error} --code {params.code} --out {output.archive} > {log} 2>&1"
-
-
-if MEASURED_ARCHIVE != ARCHIVE:
-
-    use rule convert as convert_reference with:
-        output:
-            archive=ensure(MEASURED_ARCHIVE, non_empty=True),
-            described=MEASURED_DESCRIBED,
-        log:
-            f"{MEASURED_ARCHIVE}.log",
-        resources:
-            source=MEASURED.path or "",
-            on_error=MEASURED.on_error,
-        params:
-            spec=as_parameter(MEASURED, exclude=arms.NOT_SETTINGS),
-            code=conversion_code(MEASURED),
-            source=SOURCES.get(MEASURED_ARCHIVE, ""),
 
 
 rule extractor:
     input:
         data=ancient(ARCHIVE),
-        described=DESCRIBED,
+        described=contents.described(ARCHIVE),
     output:
         weights=CLASSIFIER,
     log:
@@ -49,7 +32,7 @@ rule extractor:
         "../../envs/compute.yaml"
     threads: STUDY.machine.threads
     params:
-        seed=STUDY.evaluation.seed,
+        seed=lambda wildcards: STUDY.extractors["digits"].seed,
         code=digest.stage("extractor"),
     shell:
         "python -m study extractor --data {input.data} --out {output.weights} --seed {params.seed} --threads {threads} > {log} 2>&1"
@@ -57,9 +40,9 @@ rule extractor:
 
 rule reference:
     input:
-        data=ancient(MEASURED_ARCHIVE),
-        described=MEASURED_DESCRIBED,
-        weights=EXTRACTOR_WEIGHTS,
+        data=lambda wildcards: ancient(archive_of(of_reference(wildcards)[0])),
+        described=lambda wildcards: str(contents.described(archive_of(of_reference(wildcards)[0]))),
+        weights=lambda wildcards: extractor_weights(*of_reference(wildcards)[1:]),
     output:
         reference=f"{REFERENCE}/reference.json",
         features=f"{REFERENCE}/features.safetensors",
@@ -70,11 +53,11 @@ rule reference:
     threads: STUDY.machine.threads
     resources:
         gpu=min(1, GPUS),
-        weights=GIVEN_WEIGHTS,
+        weights=lambda wildcards: given_weights(of_reference(wildcards)[1]),
     params:
         out=subpath(output.reference, parent=True),
-        extractor=STUDY.evaluation.extractor,
-        weights=WEIGHTS_HELD,
+        extractor=lambda wildcards: of_reference(wildcards)[1],
+        weights=lambda wildcards: WEIGHTS_HELD[of_reference(wildcards)[1]],
         code=digest.stage("reference"),
     shell:
         "python -m study reference --data {input.data} --extractor {params.extractor} --weights={input.weights:q}{resources.weights:q} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

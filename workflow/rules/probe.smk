@@ -8,7 +8,7 @@ PROBED = {probe.kind: probe for probe in STUDY.probes}
 
 def probed_runs(kind):
     """The runs that a probe looks at; none for a probe of the data set or of the study."""
-    return arms.probed(RUNS, PROBED[kind])
+    return arms.probed(CHOSEN, PROBED[kind])
 
 
 def probe_results(kind):
@@ -35,8 +35,8 @@ for kind, probe in PROBED.items():
             name:
                 f"probe_{kind}"
             input:
-                data=ancient(ARCHIVE),
-                described=DESCRIBED,
+                data=archive,
+                described=described,
                 run=f"{RUN}/train/status.json" if probe.subject == "run" else [],
                 weights=weights(probe) if probe.subject == "run" else [],
             output:
@@ -67,8 +67,8 @@ for kind, probe in PROBED.items():
             name:
                 f"probe_{kind}"
             input:
-                data=ancient(ARCHIVE),
-                described=DESCRIBED,
+                data=ancient(archive_of(next(iter(STUDY.data)))),
+                described=contents.described(archive_of(next(iter(STUDY.data)))),
             output:
                 facts=f"{RESULTS}/probes/{kind}.json",
                 table=f"{RESULTS}/probes/{kind}.parquet",

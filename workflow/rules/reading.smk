@@ -1,8 +1,11 @@
 # The study's file, read as strictly as everywhere else: Snakemake passes over a key that is given
 # twice, and of a file that it cannot read it prints a stack.
+import gc
 import sys
 from pathlib import Path
 
+# All jobs of a large study are kept: to look for garbage among them takes a tenth of the time.
+gc.set_threshold(1_000_000)
 sys.path.insert(0, str(workflow.basedir))
 
 from study.spec import study as declarations

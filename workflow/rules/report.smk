@@ -6,7 +6,7 @@ rule report:
         rules.aggregate.output,
         runs=f"{TABLES}/runs.csv",
         figures=rules.figures.output,
-        grids=collect(f"{RUN}/generate/grid.png", run=RUNS),
+        grids=grids_of(CHOSEN),
         notebooks=collect(rules.notebook.output.html, notebook=STUDY.notebooks),
     output:
         page=report(

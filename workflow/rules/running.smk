@@ -1,12 +1,10 @@
 # Several Snakemakes in one folder: who lives, whose the locks are, and what is said of them.
 import atexit
 import fcntl
-from contextlib import ExitStack, contextmanager, suppress
-
-from snakemake.exceptions import LockException
+from contextlib import contextmanager, suppress
 
 from study.ledger import owner
-from study.files import read_json, write_json, write_text
+from study.files import read_json, write_json
 
 
 class Running:
@@ -64,56 +62,6 @@ class Running:
             with suppress(OSError):  # a file system without flock
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
-
-    def release(self, others, persistence):
-        """Take the data that others have made by now, and only read from here on, off their locks."""
-        wanted = set(map(str, persistence.all_outputfiles()))
-
-        def made(name, since):
-            marked = persistence._record_path(persistence._incomplete_path, name)
-            there = Path(name).is_file() and not Path(marked).exists()
-            return there and Path(name).stat().st_mtime > since
-
-        for record in others:
-            for lock in filter(Path.is_file, map(Path, record["locks"])):
-                if not lock.name.endswith(".output.lock"):
-                    continue
-                names = lock.read_text(encoding="utf-8").splitlines()
-                kept = [
-                    name
-                    for name in names
-                    if not name.startswith("results/datasets/")
-                    or name in wanted
-                    or not made(name, record["since"])
-                ]
-                if kept != names:
-                    write_text(lock, "".join(f"{name}\n" for name in kept))
-
-    def guard(self, persistence):
-        """Let Snakemake's locks have an owner."""
-        lock = persistence.lock
-
-        @contextmanager
-        def owned():
-            held = lock()
-            with self.mutex():
-                others = self.others()
-                self.release(others.values(), persistence)
-                try:
-                    held.__enter__()
-                except LockException:
-                    stop_with(refusal(others.values()))
-                self.note(locks=[str(path) for path in persistence._lockfile.values()])
-            with ExitStack() as stack:
-                stack.push(held)
-                yield
-
-        def delete_own():
-            for path in persistence._lockfile.values():
-                Path(path).unlink(missing_ok=True)
-            persistence._lockfile.clear()
-
-        persistence.lock, persistence._delete_locks = owned, delete_own
 
 
 def hint(record):

@@ -6,8 +6,8 @@
 
 rule train:
     input:
-        data=ancient(ARCHIVE),
-        described=DESCRIBED,
+        data=archive,
+        described=described,
     output:
         status=f"{RUN}/train/status.json",
         weights=f"{RUN}/train/weights.safetensors",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from study.analysis import style
 from study.analysis.figures import (
+    curves,
     factors,
     perturbations,
     quality,
@@ -29,7 +30,7 @@ FORMATS = ("png", "svg", "pdf")
 FIGURES = {
     name: function
     for module in (
-        *(quality, samples, training, skips, factors, perturbations, rates),
+        *(quality, curves, samples, training, skips, factors, perturbations, rates),
         *(scaling_laws, targets, representation, resources),
     )
     for name, function in vars(module).items()
@@ -47,7 +48,7 @@ def draw_all(
 ) -> list[str]:
     """Draw every figure (or those named in ``only``) into ``out``; returns the paths written."""
     data = Tables.read(tables, results)
-    made = [name for name, one in FIGURES.items() if one.probe is None or one.probe in data.probes]
+    made = [name for name, one in FIGURES.items() if one.applies(data)]
     names = list(made if only is None else only)
     unknown = [name for name in names if name not in FIGURES]
     if unknown:

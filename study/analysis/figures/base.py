@@ -18,10 +18,15 @@ from study.analysis.tables.read import Tables
 from study.analysis.words import describe_identity
 
 
-def drawn(section: str = "more", probe: str | None = None) -> Callable[..., Any]:
+def drawn(
+    section: str = "more",
+    probe: str | None = None,
+    where: Callable[[Tables], bool] = lambda tables: True,
+) -> Callable[..., Any]:
     """Mark a function as a figure, and give it the house's look.
 
-    ``section`` is where it stands on the page. With ``probe`` it is drawn where a study has that.
+    ``section`` is where it stands on the page. With ``probe`` it is drawn where a study has that,
+    and only ``where`` its tables hold what it shows; ``applies`` says so of a study.
     """
 
     def mark(function: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -33,6 +38,7 @@ def drawn(section: str = "more", probe: str | None = None) -> Callable[..., Any]
             return figure
 
         styled.section, styled.probe = section, probe
+        styled.applies = lambda tables: (probe is None or probe in tables.probes) and where(tables)
         return styled
 
     return mark

@@ -1,4 +1,4 @@
-"""Figures for notebooks, of which not every study has the probe."""
+"""Figures for notebooks, which not every study can draw."""
 
 from typing import Any
 
@@ -8,11 +8,13 @@ from study.analysis.tables.read import Tables
 
 
 def picture(tables: Tables, name: str) -> Any:
-    """A figure of a probe, or the sentence that this study does not have the probe."""
+    """A figure, or the sentence that this study does not have what it shows."""
     needed = FIGURES[name].probe
     if needed is not None and needed not in tables.probes:
         return say(
             f"*This study does not make the probe `{needed}`; `probes: [{needed}]` in its file "
             "adds it.*"
         )
+    if not FIGURES[name].applies(tables):
+        return say(f"*This study has fewer than two values to draw `{name}` over.*")
     return show(FIGURES[name](tables))

@@ -10,13 +10,14 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from study import bounded
 from study.analysis import style
 from study.analysis.figures.base import drawn, made_of, text_figure
 from study.analysis.tables.read import Tables
 from study.files import UserError, read_json
-from study.pictures import in_order
+from study.pictures import in_order, untile
 
 
 @drawn("samples")
@@ -79,18 +80,11 @@ def sample_grids(tables: Tables) -> Figure:
 def _sample_cell(axes: Any, tables: Tables, row: Any) -> None:
     if row is None:
         return
-    path = tables.results / "runs" / row["run"] / "generate" / "samples.npz"
-    images = np.zeros((0, 1, 1, 1), np.uint8)
-    if row["status"] == "done" and path.is_file():
-        size = read_samples(path, 1).shape[1:] or (1,)
-        side = 4 if size[0] <= 16 else 3
-        images = read_samples(path, side * side)
-        facts = path.with_name("generate.json")
-        facts = read_json(facts) if facts.is_file() else {}
-        broken = [seed - facts["seed"] for seed in facts.get("not_finite_seeds") or ()]
-        images = in_order(images, broken, side * side) if len(images) else images
+    folder = tables.results / "runs" / row["run"] / "measurements" / row["measurement"]
+    images = _first_samples(folder) if row["status"] == "done" else np.zeros((0, 1, 1, 1))
     if len(images):
-        axes.imshow(_tile(images, side, 1 + size[0] // 32), interpolation="nearest")
+        side = math.isqrt(len(images) - 1) + 1
+        axes.imshow(_tile(images, side, 1 + images.shape[1] // 32), interpolation="nearest")
         return
     lost = row["status"] == "diverged"
     broken = row["status"] == "done" and row["generation"] in ("diverged", "skipped")
@@ -112,6 +106,25 @@ def _sample_cell(axes: Any, tables: Tables, row: Any) -> None:
         color="#333",
         bbox={"fc": "white", "ec": "none", "pad": 0.8},
     )
+
+
+def _first_samples(folder: Path) -> np.ndarray:
+    """The first 16 samples of a measurement in the order of their seeds, of large images 9.
+
+    Where the samples are gone they come from the grid, which keeps them magnified.
+    """
+    samples, grid, facts = (folder / f for f in ("samples.npz", "grid.png", "generate.json"))
+    said = read_json(facts) if facts.is_file() else {}
+    absent = [seed - said["seed"] for seed in said.get("not_finite_seeds") or ()]
+    if samples.is_file():
+        size = read_samples(samples, 1).shape[1:] or (1,)
+        most = 16 if size[0] <= 16 else 9
+        images = read_samples(samples, most)
+        return in_order(images, absent, most) if len(images) else images
+    if grid.is_file() and said.get("images"):
+        with bounded.reading(grid, "a grid of samples"), Image.open(grid) as picture:
+            return untile(picture)[: min(9, said["images"] + len(absent))]
+    return np.zeros((0, 1, 1, 1), np.uint8)
 
 
 def _tile(images: np.ndarray, side: int, gap: int) -> np.ndarray:

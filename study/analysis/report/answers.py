@@ -27,6 +27,29 @@ def partial(study: Study) -> list[dict[str, str]]:
     return answer
 
 
+def missing(study: Study, most: int = 6) -> dict[str, Any]:
+    """How many measurements are not there, and which first: those of runs that ended."""
+    keys = ["run", "protocol", "measurement"]
+    rows = study.tables.measurements
+    rows = rows.assign(lacks=rows["status"].isin(["missing", "running"]))
+    lacking = rows[rows["lacks"]].drop_duplicates(keys)
+    runs = study.runs.set_index("run")
+    unended = lacking["run"].map(runs["status"]).isin(["missing", "running"])
+    lacking = lacking.assign(unended=unended).sort_values(["unended", "run"], kind="stable")
+    groups = lacking.groupby(["run", "protocol"], sort=False)
+    words = [
+        f"{runs.loc[run, 'display']}, seed {runs.loc[run, 'seed']}: protocol {protocol}"
+        + (f", {len(own)} measurements" if len(own) > 1 else "")
+        for (run, protocol), own in groups
+    ]
+    return {
+        "count": len(lacking.drop_duplicates(["run", "measurement"])),
+        "of": len(rows.drop_duplicates(["run", "measurement"])),
+        "which": words[:most],
+        "more": len(words[most:]),
+    }
+
+
 def outcome(study: Study) -> dict[str, Any]:
     """How many runs ended how, and which arms lost some."""
     runs = study.runs

@@ -74,7 +74,9 @@ def _beside(study: Study, dataset: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def identities(study: Study) -> list[dict[str, Any]]:
-    rows = study.tables.identities
+    """How the metrics of the main measurements were measured, field by field."""
+    rows = study.tables.identities.drop_duplicates("metric")
+    rows = rows[rows["metric"].isin(study.metrics)]
     fields = [column for column in rows.columns if column not in ("identity", "metric")]
     same = [field for field in fields if rows[field].nunique() <= 1]
     return [

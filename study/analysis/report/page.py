@@ -10,7 +10,7 @@ from study.analysis import style
 from study.analysis.figures import FIGURES
 from study.analysis.names import better
 from study.analysis.pages import environment
-from study.analysis.report import answers, origins, rows
+from study.analysis.report import answers, curves, origins, rows
 from study.analysis.report.study import Study
 from study.analysis.tables.read import Tables
 from study.analysis.verdicts.stability import stability_answer
@@ -65,6 +65,8 @@ def context(study: Study) -> dict[str, Any]:
             for metric in study.metrics
         ],
         "partial": answers.partial(study),
+        "missing": answers.missing(study),
+        "blocks": curves.blocks(study),
         "outcome": answers.outcome(study),
         "tests": answers.tests(study),
         "best": answers.best(study),

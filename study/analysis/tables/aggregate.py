@@ -14,13 +14,15 @@ import pandas as pd
 
 from study.analysis.tables.checks import quality_checks
 from study.analysis.tables.columns import COLUMNS, INTEGERS, NUMBERS
+from study.analysis.tables.curves import curve_rows
 from study.analysis.tables.dynamics import dynamics
 from study.analysis.tables.found import Found, labels
+from study.analysis.tables.measurements import measurement_rows
 from study.analysis.tables.measures import measure_rows
 from study.analysis.tables.metrics import metric_rows
 from study.analysis.tables.probes import probes
 from study.analysis.tables.quality import comparison_rows, summary_rows
-from study.analysis.tables.runs import cost_row, dataset_note, run_row
+from study.analysis.tables.runs import cost_row, run_row
 from study.analysis.tables.stability import pair_rows, stability_rows
 from study.files import atomic, canonical_json, read_json
 
@@ -60,13 +62,14 @@ def _gather(
     found = [Found.read(entry, results, problems) for entry in manifest["runs"]]
     found.sort(key=lambda one: one.run)
     label = labels(found)
-    note = dataset_note(manifest)
+    config = manifest.get("config") or {}
     specs = {label[one.run]["arm"]: one.spec for one in found}
     seeds = {one.run: canonical_json(one.seeds) for one in found}
 
-    runs = [run_row(one, label[one.run], note) for one in found]
+    runs = [run_row(one, label[one.run], config) for one in found]
     metrics, identities = metric_rows(found, label)
-    curves, oscillation = dynamics(found, problems)
+    measurements = measurement_rows(found, label)
+    thinned, oscillation = dynamics(found, problems)
     probed = probes(manifest, found, results, problems)
     imported = {one.run for one in found if "imported" in one.train}
     split = {one.run for one in found if one.splits}
@@ -80,6 +83,8 @@ def _gather(
         "identities": identities,
         "summary": summary_rows(metrics),
         "comparisons": comparison_rows(specs, seeds, metrics),
+        "measurements": measurements,
+        "curves": curve_rows(measurements, found, probed.get("cost")),
         "cost": [cost_row(one, label[one.run]) for one in found],
         "oscillation": oscillation,
         "measures": measures,
@@ -87,7 +92,7 @@ def _gather(
         "stability_pairs": pair_rows(measures, specs, seeds),
         "qc": problems,
     }
-    return tables, {"dynamics": curves, **{f"probe_{kind}": rows for kind, rows in probed.items()}}
+    return tables, {"dynamics": thinned, **{f"probe_{kind}": rows for kind, rows in probed.items()}}
 
 
 def _typed(name: str, rows: Rows) -> pd.DataFrame:

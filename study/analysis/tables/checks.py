@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-from study.analysis.names import NOT_MEASURED, OTHERWISE
+from study.analysis.names import NOT_ASKED, NOT_MEASURED, OTHERWISE
 from study.analysis.tables.families import groups
 from study.analysis.tables.found import Found, problem
 from study.analysis.tables.measures import spacings
@@ -35,19 +35,25 @@ def _run_checks(one: Found, row: dict) -> Iterator[dict]:
         detail = f"stopped or still running at step {step} of {steps}"
         yield problem("warning", "unfinished run", run, detail)
     elif row["status"] == "done":
-        if not one.generate:
-            yield problem("warning", "no samples", run, "trained, but no generate/generate.json")
-        elif not one.fidelity:
-            yield problem("warning", "no evaluation", run, "sampled, but no evaluate/fidelity.json")
         if one.generate.get("reason"):
             yield problem("warning", "samples not finite", run, one.generate["reason"])
         if step is not None and steps is not None and step < steps:
             yield problem("error", "stopped early", run, f"done at step {step} of {steps}")
         if row["final_loss"] is None and "imported" not in one.train:
             yield problem("error", "non-finite loss", run, "final loss is missing")
+    yield from _missing_measurements(one)
     written = one.train.get("spec") if one.train else None
     if written is not None and _completed(written) != _completed(one.spec):
         yield problem("error", "other spec", run, "the spec on disk is not the manifest's")
+
+
+def _missing_measurements(one: Found) -> Iterator[dict]:
+    """Of a run that ended: one line for all of its measurements that are not there."""
+    lacking = [each for each in one.measurements if one.train and each.lack]
+    if lacking:
+        names = ", ".join(f"{each.name} ({each.lack})" for each in lacking)
+        detail = f"{len(lacking)} of {len(one.measurements)}: {names}"
+        yield problem("warning", "missing measurements", one.run, detail)
 
 
 def _completed(spec: dict[str, Any]) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def _metric_checks(metrics: list[dict]) -> Iterator[dict]:
     for row in metrics:
         if row["status"] == OTHERWISE:
             ways[row["metric"]].add(row["note"])
-        if row["status"] not in ("done", NOT_MEASURED):
+        if row["status"] not in ("done", NOT_MEASURED) or row["note"] == NOT_ASKED:
             continue
         metric = NUMBERS.get(row["base"])
         low, high = metric.possible if metric else (-math.inf, math.inf)

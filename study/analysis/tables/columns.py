@@ -14,8 +14,8 @@ COLUMNS = {
         seed data_seed init_seed noise_seed
         dataset dataset_note status step steps reason last_finite_step last_finite_loss
         last_finite_grad_norm final_loss parameters skips skip_factors images_seen generation
-        evaluation images sampling_seed sampler nfe git_commit git_changed device torch_version
-        versions"""),
+        evaluation measurement images sampling_seed sampler nfe git_commit git_changed device
+        torch_version versions"""),
     "metrics": _names("""
         run {arm} seed status metric base extractor images value identity note"""),
     "summary": _names("""
@@ -24,6 +24,15 @@ COLUMNS = {
     "comparisons": _names("""
         {arm} baseline metric identity better n_pairs n_diverged_pairs mean_difference ci_low
         ci_high p_value p_holm tests_in_family detectable_difference verdict note"""),
+    "measurements": _names("""
+        run {arm} seed status protocol measurement step last best images_seen weights sampler
+        sampler_steps nfe guidance_kind guidance_scale labels sampling_seed images extractor metric
+        base value spread identity note"""),
+    "curves": _names("""
+        {arm} protocol step last best images_seen weights sampler sampler_steps nfe guidance_kind
+        guidance_scale labels images extractor metric base identity better kappa reference_batch
+        macs parameters sampling_seeds n mean ci_low ci_high n_runs n_diverged n_missing
+        n_not_measured n_otherwise"""),
     "cost": _names("""
         run {arm} seed status device parameters skips steps images_seen nfe train_seconds
         train_images_per_second median_step_seconds train_peak_memory_mib generated_images
@@ -44,7 +53,7 @@ INTEGERS = set(
     _names("""
         data_seed init_seed noise_seed step steps last_finite_step parameters skips images_seen
         images sampling_seed nfe n n_runs n_diverged n_missing n_not_measured n_otherwise n_pairs
-        n_diverged_pairs
+        n_diverged_pairs sampler_steps sampling_seeds reference_batch
         tests_in_family points window_first_step window_last_step generated_images""")
 )
 NUMBERS = set(
@@ -53,9 +62,10 @@ NUMBERS = set(
         max_of_n standard_deviation ci_low ci_high mean_low mean_high mean_difference p_value
         p_holm detectable_difference factor factor_low factor_high detectable_factor
         train_seconds train_images_per_second median_step_seconds train_peak_memory_mib
-        generate_seconds generate_images_per_second generate_peak_memory_mib level oscillation""")
+        generate_seconds generate_images_per_second generate_peak_memory_mib level oscillation
+        spread guidance_scale kappa macs""")
 )
 TABLES = (
-    *("runs", "metrics", "identities", "summary", "comparisons", "cost"),
+    *("runs", "metrics", "identities", "summary", "comparisons", "measurements", "curves", "cost"),
     *("oscillation", "measures", "stability", "stability_pairs", "qc"),
 )

@@ -1,13 +1,118 @@
 """What did every run leave on disk, and which arm is it of?"""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from study.analysis.names import AXES, flat, word
 from study.files import UserError, canonical_json, read_json
+
+Load = Callable[[Path], dict[str, Any]]
+"""The content of a JSON file; empty where it is missing or cannot be read."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """A number that an extractor's file holds, or a missing one (None) and why."""
+
+    metric: str
+    value: Any
+    spread: Any
+    identity: dict[str, Any]
+    note: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One measurement that the manifest lists for a run, and the JSON files that exist for it.
+
+    ``cell`` says how it is made, ``wanted`` holds the metrics by extractor; ``generate`` and
+    ``records`` (by extractor) are empty where nothing is there yet.
+    """
+
+    folder: Path
+    protocols: list[str]
+    step: int | None
+    last: bool
+    best_of: str
+    images: int | None
+    cell: dict[str, Any]
+    wanted: dict[str, list[str]]
+    generate: dict[str, Any]
+    records: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, entry: Mapping[str, Any], run: Path, load: Load) -> "Measurement":
+        folder = run / "measurements" / entry["measurement"]
+        generate = load(folder / "generate.json")
+        records = {one: load(folder / f"{one}.json") for one in entry["extractors"]}
+        asked, step = entry.get("images"), entry.get("step")
+        if asked is None and "images" in generate:
+            asked = generate["images"] + (generate.get("not_finite") or 0)
+        return cls(
+            folder=folder,
+            protocols=list(entry["protocols"]),
+            step=generate.get("step") if step is None else step,  # of a best one, known afterwards
+            last=bool(entry.get("last")),
+            best_of=entry.get("best_of", ""),
+            images=asked,
+            cell=dict(entry["cell"]),
+            wanted=dict(entry["extractors"]),
+            generate=generate,
+            records={one: record for one, record in records.items() if record},
+        )
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def lack(self) -> str:
+        """What is missing of it, in words."""
+        absent = [one for one in self.wanted if one not in self.records]
+        if not self.generate:
+            return "not sampled"
+        if not absent:
+            return ""
+        return f"not evaluated with {', '.join(absent)}" if self.records else "not evaluated"
+
+    @property
+    def evaluation(self) -> str:
+        """What became of the evaluation, by all extractors: "missing", "skipped" or "done"."""
+        states = {record.get("status", "missing") for record in self.records.values()}
+        if self.records.keys() != self.wanted.keys():
+            return "missing"
+        return states.pop() if len(states) == 1 else "done"
+
+    @property
+    def reason(self) -> str:
+        """Why numbers are missing that were to be measured."""
+        reasons = [record.get("reason") for record in self.records.values()]
+        return "; ".join(dict.fromkeys(filter(None, reasons)))
+
+    def scores(self, extractor: str) -> list[Score]:
+        """The numbers of one extractor. Raises ``UserError`` where one has no identity."""
+        record = self.records.get(extractor, {})
+
+        def part(section: str) -> dict[str, Any]:
+            return record.get(section) or {}
+
+        for metric in part("metrics"):
+            if not part("identity").get(metric):
+                path = self.folder / f"{extractor}.json"
+                raise UserError(f"{path}: metric {metric} has no identity")
+        return [
+            Score(
+                metric,
+                value,
+                part("spread").get(metric),
+                part("identity")[metric],
+                part("notes").get(metric, ""),
+            )
+            for metric, value in part("metrics").items()
+        ]
 
 
 @dataclass
@@ -21,9 +126,8 @@ class Found:
     spec: dict[str, Any]
     folder: Path
     train: dict[str, Any]
-    generate: dict[str, Any]
-    fidelity: dict[str, Any]
     progress: dict[str, Any]
+    measurements: list[Measurement]
 
     @classmethod
     def read(cls, entry: Mapping[str, Any], results: Path, problems: list) -> "Found":
@@ -47,10 +151,25 @@ class Found:
             spec=entry["spec"],
             folder=folder,
             train=load(folder / "train" / "status.json"),
-            generate=load(folder / "generate" / "generate.json"),
-            fidelity=load(folder / "evaluate" / "fidelity.json"),
             progress=load(folder / "state" / "progress.json"),
+            measurements=[
+                Measurement.read(one, folder, load) for one in entry.get("measurements", ())
+            ],
         )
+
+    @property
+    def main(self) -> Measurement | None:
+        """The measurement whose numbers speak for the run; None where it has none."""
+        return self.measurements[0] if self.measurements else None
+
+    @property
+    def generate(self) -> dict[str, Any]:
+        return self.main.generate if self.main else {}
+
+    def scores(self) -> list[Score]:
+        """The numbers of the main measurement."""
+        main = self.main
+        return [one for name in main.wanted for one in main.scores(name)] if main else []
 
     def axis(self, name: str) -> str:
         return str(self.axes.get(name, ""))
@@ -75,10 +194,6 @@ class Found:
     @property
     def seeds(self) -> dict[str, Any]:
         return dict(self.spec.get("seeds") or {})
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        return dict(self.fidelity.get("metrics") or {})
 
 
 def problem(severity: str, check: str, run: str, detail: str) -> dict[str, str]:

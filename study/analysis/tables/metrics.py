@@ -9,24 +9,27 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from study.analysis.names import NOT_MEASURED, OTHERWISE, MetricName, flat, word
-from study.analysis.tables.found import Found
+from study.analysis.names import NOT_ASKED, NOT_MEASURED, OTHERWISE, MetricName, flat, word
+from study.analysis.tables.found import Found, Score
 from study.analysis.tables.runs import finite
-from study.files import UserError, canonical_json
+from study.files import canonical_json
 
 
 def metric_rows(found: list[Found], labels: dict) -> tuple[list[dict], list[dict]]:
-    """Rows of ``metrics.csv`` and ``identities.csv``; every run has a row for every metric."""
-    _part_identities(found)
-    first: dict[str, tuple[str, dict[str, Any]]] = {}
+    """Rows of ``metrics.csv`` and ``identities.csv``, which hold the main measurements.
+
+    Every run has a row for every metric.
+    """
+    scores = _parted(found)
+    first: dict[str, dict[str, Any]] = {}
     for one in found:
-        for metric in one.metrics:
-            first.setdefault(metric, (one.run, dict(one.fidelity["identity"][metric])))
+        for metric, score in scores[one.run].items():
+            first.setdefault(metric, score.identity)
     rows = []
     for one in found:
-        for metric in sorted(first):
-            identity = first[metric][1]
-            state, note = _state(one, metric, identity)
+        own = scores[one.run]
+        for metric, identity in sorted(first.items()):
+            state, note = _state(one, own, metric, identity)
             rows.append(
                 {
                     **labels[one.run],
@@ -37,63 +40,73 @@ def metric_rows(found: list[Found], labels: dict) -> tuple[list[dict], list[dict
                     "base": MetricName.parse(metric).base,
                     "extractor": identity.get("extractor", ""),
                     "images": identity.get("images"),
-                    "value": finite(one.metrics.get(metric)) if state == "done" else None,
-                    "identity": _identity_id(identity) if metric in one.metrics else "",
+                    "value": finite(own[metric].value) if state == "done" else None,
+                    "identity": identity_id(identity) if metric in own else "",
                     "note": note,
                 }
             )
     rows.sort(key=lambda row: (row["metric"], row["run"]))
-    identities = [
+    return rows, _identity_rows(first, found)
+
+
+def _identity_rows(main: Mapping[str, dict[str, Any]], found: list[Found]) -> list[dict[str, Any]]:
+    """The identities of the main measurements by metric, then those of all others."""
+    known = {(metric, identity_id(identity)): identity for metric, identity in main.items()}
+    ids = {name for _, name in known}
+    others = {}
+    for one in found:
+        for each in one.measurements:
+            for extractor in each.wanted:
+                for score in each.scores(extractor):
+                    key = score.metric, identity_id(score.identity)
+                    if key[1] not in ids:
+                        others[key] = score.identity
+    return [
         {
-            "identity": _identity_id(identity),
+            "identity": name,
             "metric": metric,
             **{key: word(value) for key, value in identity.items() if value is not None},
         }
-        for metric, (_, identity) in sorted(first.items())
+        for every in (known, others)
+        for (metric, name), identity in sorted(every.items(), key=lambda item: item[0])
     ]
-    return rows, identities
 
 
-def _part_identities(found: list[Found]) -> None:
-    """A metric that runs measured in unlike ways gets a name for each: <metric>_<identity>.
+def _parted(found: list[Found]) -> dict[str, dict[str, Score]]:
+    """By run and metric, the numbers of the main measurements.
 
-    So two identities never share a column, and no run is left out for having another. Raises
-    ``UserError`` where a metric has no identity.
+    A metric that was measured in unlike ways gets a name for each: <metric>_<identity>. So two
+    identities never share a column, and no run is left out for having another.
     """
+    scores = {one.run: one.scores() for one in found}
     ways: dict[str, set[str]] = defaultdict(set)
-    for one in found:
-        for metric in one.metrics:
-            identity = (one.fidelity.get("identity") or {}).get(metric)
-            if not identity:
-                raise UserError(
-                    f"{one.folder / 'evaluate' / 'fidelity.json'}: metric {metric} has no identity"
-                )
-            ways[metric].add(_identity_id(identity))
-    for one in found:
-        for metric in one.metrics:
-            if len(ways[metric]) == 1:
-                continue
-            name = f"{metric}_{_identity_id(one.fidelity['identity'][metric])}"
-            for section in ("metrics", "identity", "notes", "spread"):
-                values = one.fidelity.get(section) or {}
-                if metric in values:
-                    values[name] = values.pop(metric)
+    for own in scores.values():
+        for score in own:
+            ways[score.metric].add(identity_id(score.identity))
+
+    def name(score: Score) -> str:
+        alone = len(ways[score.metric]) == 1
+        return score.metric if alone else f"{score.metric}_{identity_id(score.identity)}"
+
+    return {run: {name(score): score for score in own} for run, own in scores.items()}
 
 
-def _state(one: Found, metric: str, identity: Mapping[str, Any]) -> tuple[str, str]:
+def _state(
+    one: Found, scores: Mapping[str, Score], metric: str, identity: Mapping[str, Any]
+) -> tuple[str, str]:
     """What a run is in the column of a metric, and why it has no value there."""
+    if metric in scores:
+        score = scores[metric]
+        return "done" if finite(score.value) is not None else NOT_MEASURED, score.note
     if one.status != "done":
         return one.status, ""
-    if metric in one.metrics:
-        note = (one.fidelity.get("notes") or {}).get(metric, "")
-        return "done" if finite(one.metrics[metric]) is not None else NOT_MEASURED, note
     wanted = replace(MetricName.parse(metric), way="")
-    for name in sorted(one.metrics):
+    for name, score in sorted(scores.items()):
         if replace(MetricName.parse(name), way="") == wanted:
-            unlike = _unlike(one.fidelity["identity"][name], identity)
-            return OTHERWISE, f"measured as {name}: {unlike}"
-    reason = one.fidelity.get("reason")
-    return (NOT_MEASURED, reason) if reason else ("missing", "")
+            return OTHERWISE, f"measured as {name}: {_unlike(score.identity, identity)}"
+    if one.main and one.main.reason:
+        return NOT_MEASURED, one.main.reason
+    return (NOT_MEASURED, NOT_ASKED) if one.main is None or not one.main.lack else ("missing", "")
 
 
 def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -106,5 +119,5 @@ def _unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     )
 
 
-def _identity_id(identity: dict[str, Any]) -> str:
+def identity_id(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:8]

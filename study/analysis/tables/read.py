@@ -26,6 +26,8 @@ class Tables:
     identities: pd.DataFrame
     summary: pd.DataFrame
     comparisons: pd.DataFrame
+    measurements: pd.DataFrame
+    curves: pd.DataFrame
     cost: pd.DataFrame
     oscillation: pd.DataFrame
     measures: pd.DataFrame

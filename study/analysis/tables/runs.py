@@ -11,11 +11,11 @@ from study.analysis.tables.found import Found
 from study.files import canonical_json
 
 
-def dataset_note(manifest: Mapping[str, Any]) -> str:
-    """The dataset's own remark (for example that it is a lossy copy), from config or spec."""
-    places = [(manifest.get("config") or {}).get("dataset")]
-    places += [entry["spec"].get("dataset") for entry in manifest["runs"][:1]]
-    for place in places:
+def dataset_note(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    """The data set's own remark (for example that it is a lossy copy), from config or spec."""
+    own = spec.get("dataset") or {}
+    several = (config.get("datasets") or {}).get(own.get("name"))
+    for place in (several, config.get("dataset"), own):
         if isinstance(place, Mapping) and place.get("note"):
             return " ".join(str(place["note"]).split())
     return ""
@@ -28,7 +28,7 @@ def finite(value: Any) -> float | None:
     return None
 
 
-def run_row(one: Found, label: dict[str, str], note: str) -> dict[str, Any]:
+def run_row(one: Found, label: dict[str, str], config: Mapping[str, Any]) -> dict[str, Any]:
     train, last = one.train, one.train.get("last_finite") or {}
     provenance = train.get("provenance") or {}
     git, packages = provenance.get("git") or {}, provenance.get("packages") or {}
@@ -44,7 +44,7 @@ def run_row(one: Found, label: dict[str, str], note: str) -> dict[str, Any]:
         "conditional": str(bool((one.spec.get("training") or {}).get("conditional"))).lower(),
         "precision": (one.spec.get("training") or {}).get("precision", ""),
         "dataset": (one.spec.get("dataset") or {}).get("name", ""),
-        "dataset_note": note,
+        "dataset_note": dataset_note(config, one.spec),
         "status": one.status,
         "step": train.get("step", one.progress.get("step")),
         "steps": train.get("steps", (one.spec.get("training") or {}).get("steps")),
@@ -59,8 +59,9 @@ def run_row(one: Found, label: dict[str, str], note: str) -> dict[str, Any]:
         if factors is None
         else " ".join("learned" if f is None else f"{f:.4g}" for f in factors),
         "images_seen": train.get("images_seen"),
-        "generation": generate.get("status", "missing"),
-        "evaluation": one.fidelity.get("status", "missing"),
+        "generation": generate.get("status", "missing") if one.main else "not asked for",
+        "evaluation": one.main.evaluation if one.main else "not asked for",
+        "measurement": one.main.name if one.main else "",
         "images": generate.get("images"),
         "sampling_seed": generate.get("seed"),
         "sampler": canonical_json(generate["sampler"]) if generate.get("sampler") else "",
