@@ -1,6 +1,5 @@
 """What the cells of notebooks show: pictures, sentences and tables."""
 
-import io
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,11 +16,10 @@ def show(figure: Figure) -> Any:
     """The figure as a picture for a notebook's output."""
     from IPython.display import Image
 
-    buffer = io.BytesIO()
     with style.look():
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        data = style.pixels(figure)
     width = round(figure.get_size_inches()[0] * 130)
-    return Image(data=buffer.getvalue(), width=width, alt=figure.get_label())
+    return Image(data=data, width=width, alt=figure.get_label())
 
 
 def say(*lines: Any) -> Any:

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, which colour-blind readers tell apart and which print.
 """
 
+import io
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
@@ -15,9 +16,10 @@ import seaborn as sns
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatterSciNotation
+from PIL import Image
 
 from study.analysis.names import ALL, MetricName
-from study.files import atomic
+from study.files import atomic, write_bytes
 from study.spec.metrics import NUMBERS
 from study.spec.scalings import SCALINGS
 
@@ -239,11 +241,20 @@ def _settle(fig: Figure) -> None:
         axes.set_position([round(number, 6) for number in bounds])
 
 
+def pixels(figure: Figure) -> bytes:
+    """The figure as a PNG of 256 colours: a third of the bytes, and to the eye the same."""
+    whole, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(whole, format="png", metadata={"Software": None})
+    with Image.open(whole) as image:
+        few = image.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few.save(small, "png", optimize=True)
+    return small.getvalue()
+
+
 def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[str]:
     """Write a figure in each format, without dates, so that equal figures are equal bytes."""
     paths = []
     metadata = {
-        "png": {"Software": None},
         "svg": {"Date": None, "Creator": None},
         "pdf": {"CreationDate": None, "Creator": None, "Producer": None},
     }
@@ -254,7 +265,10 @@ def save(fig: Figure, path_without_suffix: Any, formats: Iterable[str]) -> list[
         _settle(fig)
         for suffix in formats:
             path = f"{path_without_suffix}.{suffix}"
-            with atomic(path) as temporary:
-                fig.savefig(temporary, format=suffix, metadata=metadata[suffix])
+            if suffix == "png":
+                write_bytes(path, pixels(fig))
+            else:
+                with atomic(path) as temporary:
+                    fig.savefig(temporary, format=suffix, metadata=metadata[suffix])
             paths.append(path)
     return paths
