@@ -127,7 +127,7 @@ def given_weights(kind):
 
 def maybe_temp(path, dropped):
     """An output that is deleted when nothing waits for it any more, if it is to be dropped."""
-    return temp(path) if dropped else path
+    return temp(str(path)) if dropped else path
 
 
 def any_of(names):

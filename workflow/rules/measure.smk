@@ -28,7 +28,7 @@ def drawn_from(wildcards):
 
 def kept_as(keep):
     """The measurements whose samples are kept so; two of one name are kept alike."""
-    return any_of({one.name for one in PLANNED.values() if KEPT[one.name] == keep})
+    return any_of({name for name, kept in KEPT.items() if kept == keep})
 
 
 # Where runs want unlike things of a measurement, the most.
@@ -36,6 +36,14 @@ KEPT = {}
 for one in PLANNED.values():
     KEPT[one.name] = max(KEPT.get(one.name, "none"), one.keep, key=KEEPING.index)
 NOTHING = {"samples": (), "grid": ("samples",), "none": ("samples", "grid")}
+
+# Snakemake's own report misses a picture that is deleted.
+GRID = report(
+    f"{MEASUREMENT}/grid.png",
+    caption="../report/grid.rst",
+    category="Samples",
+    labels=labels,
+)
 
 for keep, dropped in NOTHING.items():
 
@@ -48,12 +56,7 @@ for keep, dropped in NOTHING.items():
         output:
             facts=f"{MEASUREMENT}/generate.json",
             samples=maybe_temp(f"{MEASUREMENT}/samples.npz", "samples" in dropped),
-            grid=report(
-                maybe_temp(f"{MEASUREMENT}/grid.png", "grid" in dropped),
-                caption="../report/grid.rst",
-                category="Samples",
-                labels=labels,
-            ),
+            grid=maybe_temp(GRID, "grid" in dropped),
         log:
             f"{RUN}/logs/generate-{{measurement}}.log",
         wildcard_constraints:
