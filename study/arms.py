@@ -84,9 +84,14 @@ def shorter(runs: dict[str, Run]) -> dict[str, list[str]]:
 
 
 def _check_probes(study: Study, runs: dict[str, Run]) -> None:
-    """Raise ``UserError`` for a probe of seeds that no run has."""
+    """Raise ``UserError`` for a probe of seeds that no run has, or of one of several data sets."""
     known = list(dict.fromkeys(run.axes["seed"] for run in runs.values()))
     for number, probe in enumerate(study.probes):
+        if probe.subject in ("dataset", "study") and len(study.data) > 1:
+            raise UserError(
+                f"probes[{number}]: {probe.kind} looks at one data set, and the study has several; "
+                "make it in a study with one of them"
+            )
         for seed in getattr(probe, "seeds", None) or ():
             if str(seed) not in known:
                 raise UserError(

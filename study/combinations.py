@@ -22,8 +22,6 @@ def check_arm(study: Study, arm: "_Arm", spec: Spec) -> None:
     _check_training(arm, spec)
     _check_network(arm.where, spec, *spec.shape)
     _check_machine(study, arm, spec)
-    _check_guidance(study, arm, spec)
-    _check_steps(study, arm, spec)
 
 
 def check_archive(runs: "dict[str, Run]", name: str, images: int, shape: tuple[int, int]) -> None:
@@ -193,14 +191,25 @@ def _check_machine(study: Study, arm: "_Arm", spec: Spec) -> None:
         raise UserError(f"{arm.where}: {problem}")
 
 
-def _check_guidance(study: Study, arm: "_Arm", spec: Spec) -> None:
-    for name, protocol in study.protocols.items():
-        for guidance in protocol.guidance:
-            if guidance is not None:
-                _check_guided(arm, spec, f"{arm.where}: protocols.{name}.guidance", guidance)
+def check_measured(where: str, study: Study, protocol: str, run: "Run") -> None:
+    """Raise ``UserError`` where a protocol cannot measure a run that it is to measure."""
+    settings, spec = study.protocols[protocol], run.spec
+    for guidance in settings.guidance:
+        if guidance is not None:
+            imported = spec.checkpoint is not None
+            _check_guided(f"{where}.guidance", spec, guidance, imported)
+    for sampler in settings.sampler:
+        _check_sampler(f"{where}.sampler", sampler, spec.formulation)
+    for labels in settings.labels:
+        _check_labels(f"{where}.labels", labels, spec)
+    if "digits" in settings.measured() and not spec.dataset.labels:
+        raise UserError(
+            f"{where}.extractors: digits trains a classifier and needs "
+            f"{section(study, spec.dataset.name)}.labels: true"
+        )
 
 
-def _check_guided(arm: "_Arm", spec: Spec, where: str, guidance: Guidance) -> None:
+def _check_guided(where: str, spec: Spec, guidance: Guidance, imported: bool) -> None:
     guided = guidance_options(guidance.model_dump(mode="json"), spec.formulation)
     options, training = spec.backbone.options, spec.training
     if guided.evaluations == 1 or getattr(options, "context_dim", None) is not None:
@@ -209,7 +218,7 @@ def _check_guided(arm: "_Arm", spec: Spec, where: str, guidance: Guidance) -> No
         raise UserError(f"{where} needs training.conditional: true")
     if options.no_null_label():
         raise UserError(f"{where}: {options.no_null_label()}")
-    if not training.label_dropout and not options.drops_labels and arm.checkpoint is None:
+    if not training.label_dropout and not options.drops_labels and not imported:
         raise UserError(f"{where}: the null label is never trained; set training.label_dropout")
 
 
@@ -265,21 +274,6 @@ def check_protocols(study: Study) -> None:
                     f"protocols.{name}.extractors: {one.kind} has other options than elsewhere; a "
                     "study has one extractor of each kind"
                 )
-            for key, dataset in study.data.items() if one.kind == "digits" else ():
-                if not dataset.labels:
-                    raise UserError(
-                        f"protocols.{name}.extractors: digits trains a classifier and needs "
-                        f"{section(study, key)}.labels: true"
-                    )
-
-
-def _check_steps(study: Study, arm: "_Arm", spec: Spec) -> None:
-    """Raise ``UserError`` where the sampler cannot walk the steps of the arm's formulation."""
-    for name, protocol in study.protocols.items():
-        for sampler in protocol.sampler:
-            _check_sampler(f"{arm.where}: protocols.{name}.sampler", sampler, spec.formulation)
-        for labels in protocol.labels:
-            _check_labels(f"{arm.where}: protocols.{name}.labels", labels, spec)
 
 
 def _check_labels(where: str, labels: Any, spec: Spec) -> None:

@@ -3,14 +3,15 @@
 No heavy imports.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from study.combinations import check_measured
 from study.files import UserError
 from study.spec.guidance import guidance_options
-from study.spec.measuring import Best, BestOf, Decoding, Measurement, Only, Protocol
-from study.spec.metrics import numbers
+from study.spec.measuring import Best, BestOf, Decoding, Guidance, Measurement, Only, Protocol
+from study.spec.metrics import METRICS, numbers
 from study.spec.run import Spec
 from study.spec.study import Study
 
@@ -69,8 +70,18 @@ def _values(run: "Run", key: str) -> set[Any]:
     }[key]
 
 
-def chosen(runs: dict[str, "Run"], only: Only | None, where: str = "only") -> dict[str, "Run"]:
-    """The runs that a filter leaves. Raises ``UserError`` for a value that no run has."""
+def chosen(
+    runs: dict[str, "Run"],
+    only: Only | None,
+    where: str = "only",
+    declared: Mapping[str, set[str]] | None = None,
+) -> dict[str, "Run"]:
+    """The runs that a filter leaves.
+
+    Raises ``UserError`` for a value that no run has, and where none is left. With what a study has
+    ``declared`` by key, such a value may be one of those, and none may be left: a part of a study's
+    grid keeps the protocols of the whole.
+    """
     if only is None:
         return runs
     left = runs
@@ -78,30 +89,34 @@ def chosen(runs: dict[str, "Run"], only: Only | None, where: str = "only") -> di
         known = {name: _values(run, key) for name, run in runs.items()}
         there = set().union(*known.values())
         for value in wanted:
-            if value not in there:
+            if value not in there and value not in (declared or {}).get(key, ()):
                 listed = ", ".join(sorted(map(str, there)))
                 raise UserError(f"{where}.{key}: no arm has {value!r}; there are {listed}")
         left = {name: run for name, run in left.items() if known[name] & set(wanted)}
-    if not left:
+    if not left and declared is None:
         raise UserError(f"{where}: no arm has all of these values together")
     return left
 
 
 def with_measurements(study: Study, runs: dict[str, "Run"]) -> dict[str, "Run"]:
-    """The runs, each with its measurements: those of the first protocol first.
+    """The runs, each with its measurements: first those of ``final``, then by protocols' names.
 
     Raises ``UserError`` where a protocol asks for what no training of the study keeps.
     """
     applies: dict[str, list[str]] = {name: [] for name in runs}
-    for protocol, settings in study.protocols.items():
-        for name in chosen(runs, settings.only, f"protocols.{protocol}.only"):
+    declared = {"backbone": set(study.backbones), "dataset": set(study.data)}
+    for protocol in sorted(study.protocols, key=lambda name: (name != "final", name)):
+        only = study.protocols[protocol].only
+        for name, run in chosen(runs, only, f"protocols.{protocol}.only", declared).items():
+            check_measured(f"{run.display}: protocols.{protocol}", study, protocol, run)
             applies[name].append(protocol)
     made: dict[tuple[Any, ...], tuple[Planned, ...]] = {}
     found = {}
     for name, run in runs.items():
         spec = run.spec
         kept = tuple(map(spec.kept, spec.snapshots))
-        key = (spec.dataset.name, spec.snapshots, kept, spec.checkpoint is None, *applies[name])
+        key = (spec.dataset.name, spec.snapshots, kept, spec.checkpoint is None)
+        key = (*key, spec.formulation.kind, *applies[name])
         if key not in made:
             decoder = study.data[spec.dataset.name].decoder
             scale = None if decoder is None else Decoding(scale=decoder.scale)
@@ -140,10 +155,11 @@ def _planned(
 def _together(first: Planned, second: Planned) -> Planned:
     extractors = dict(first.extractors)
     for kind, metrics in second.extractors.items():
-        extractors[kind] = tuple(dict.fromkeys((*extractors.get(kind, ()), *metrics)))
+        both = (*extractors.get(kind, ()), *metrics)
+        extractors[kind] = tuple(metric for metric in METRICS if metric in both)
     return replace(
         first,
-        protocols=(*first.protocols, *second.protocols),
+        protocols=tuple(dict.fromkeys((*first.protocols, *second.protocols))),
         extractors=extractors,
         keep=max(first.keep, second.keep, key=KEEPING.index),
     )
@@ -173,23 +189,39 @@ def _kept(run: "Run", where: str, step: int, weights: str) -> None:
 def _cells(
     study: Study, run: "Run", name: str, protocol: Protocol, decoder: Decoding | None
 ) -> Iterable[tuple[Measurement, int | None]]:
-    """The cells of a protocol at snapshots that are known beforehand, with their steps."""
+    """The cells of a protocol at snapshots that are known beforehand, with their steps.
+
+    The last step comes first. Of weights that were not trained here there is nothing else.
+    """
     spec, where = run.spec, f"protocols.{name}"
+    end, imported = spec.snapshots[-1], spec.checkpoint is not None
     for cell in protocol.cells():
         at = cell.pop("at")
         if isinstance(at, Best):
             continue
-        if at == "snapshots":
-            steps = () if spec.checkpoint is not None else spec.snapshots
-        else:
-            steps = (spec.snapshots[-1] if at == "final" else at,)
-        for step in steps:
+        if imported and (at != "final" or cell["weights"] not in spec.kept(end)):
+            continue
+        steps = (end if at == "final" else at,)
+        for step in spec.snapshots[::-1] if at == "snapshots" else steps:
             _kept(run, where, step, cell["weights"])
-            last = step == spec.snapshots[-1]
+            last = step == end
             made = Measurement.model_construct(
-                at="final" if last else step, decoder=decoder, **cell
+                at="final" if last else step, decoder=decoder, **_resolved(cell, spec)
             )
             yield made, step
+
+
+def _resolved(cell: dict[str, Any], spec: Spec) -> dict[str, Any]:
+    """A cell in the one form in which it is named, however it was written."""
+    guidance, images = cell["guidance"], cell["images"]
+    if guidance is not None:
+        whole = guidance_options(guidance.model_dump(mode="json"), spec.formulation)
+        guidance = Guidance.model_validate(whole.model_dump(mode="json"))
+    return {
+        **cell,
+        "guidance": guidance,
+        "images": None if images == spec.dataset.images else images,
+    }
 
 
 def _best(
@@ -213,17 +245,26 @@ def _best(
                 f"{where}: best({at.best}) needs another protocol, at known snapshots; there are "
                 f"{known or 'none'}"
             )
+        for axis in ("weights", "sampler", "guidance", "images", "labels"):
+            if len(getattr(other, axis)) > 1:
+                raise UserError(
+                    f"{where}: best({at.best}) compares snapshots, but {at.best} has several "
+                    f"{axis}; let it have no axes but at and seeds"
+                )
         extractor = at.extractor or next(iter(other.measured()))
         given = (numbers(one, extractor) for one in other.measured().get(extractor, ()))
         # On Inception's features the Fréchet distance is the FID: both names are understood.
-        same = {at.metric, "fid"} if at.metric == "fd" else {at.metric}
-        if not same & set().union(*given):
+        metric = "fd" if at.metric == "fid" else at.metric
+        if not {metric, "fid" if metric == "fd" else metric} & set().union(*given):
             raise UserError(
                 f"{where}: protocol {at.best} does not measure {at.metric} with {extractor}"
             )
-        names = tuple(one.name for one, _ in cells.get(at.best, ()))
-        if not names:  # weights that are not trained have no curve
+        curve = cells.get(at.best, ())
+        if not curve:  # weights that are not trained have no curve
             continue
-        metric = "fd" if at.metric == "fid" else at.metric
+        for _, step in curve:
+            _kept(run, f"protocols.{name}", step, cell["weights"])
+        names = tuple(sorted({one.name for one, _ in curve}))
         best = BestOf(best=names, extractor=extractor, metric=metric)
+        cell = _resolved(cell, run.spec)
         yield Measurement.model_construct(at=best, decoder=decoder, **cell), at.best

@@ -1,4 +1,4 @@
-"""Fixtures that more than one room uses: copies of the project, and a finished study in one."""
+"""Fixtures that more than one file uses: copies of the project, and a finished study in one."""
 
 import os
 import re

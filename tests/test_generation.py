@@ -14,7 +14,7 @@ from study.fidelity.evaluate import evaluate
 from study.fidelity.reference import make_reference
 from study.files import UserError, read_json
 from study.sampling import draw as generation
-from study.sampling.draw import generate, tile, to_uint8
+from study.sampling.draw import best_step, generate, tile, to_uint8
 from study.spec.measuring import Measurement
 from study.spec.study import load
 from study.training import train
@@ -208,3 +208,17 @@ def test_tile_keeps_order_and_magnifies_by_whole_numbers():
     assert (picture[6:, :4] == 2).all()
     assert (picture[6:, 6:] == 255).all()
     assert (picture[4:6] == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "best"),
+    [
+        ("fd", {60: [5.0], 480: [4.9]}, 480),
+        ("is", {60: [5.0], 480: [4.9]}, 60),
+        ("fd", {60: [5.0, 5.2], 480: [4.9]}, 60),  # a step that lacks a measurement is no rival
+        ("kid", {60: [0.2], 120: [0.2]}, 60),
+        ("fd", {}, None),
+    ],
+)
+def test_the_best_step_has_the_best_mean_of_all_measurements(metric, values, best):
+    assert best_step(metric, values) == best

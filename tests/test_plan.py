@@ -83,11 +83,27 @@ def test_fresh_progress_is_running_and_old_progress_is_stopped(run, tmp_path):
     assert status.state_of(run, tmp_path, NOW + 3600).state == "stopped"
 
 
+def test_what_was_measured_of_other_weights_is_stale(run, tmp_path):
+    finish(tmp_path, run, weights_sha256="a1")
+    made = tmp_path / "measurements" / run.measurements[0].name
+    write_json(made / "digits.json", {"weights_sha256": "a1"})
+    assert status.state_of(run, tmp_path).state == "done"
+    finish(tmp_path, run, weights_sha256="b2")
+    write_json(made / "digits.json", {"weights_sha256": "a1"})
+    found = status.state_of(run, tmp_path)
+    assert (found.state, found.stage) == ("stale", "generate")
+    assert found.note == "generate: the run was trained again"
+    assert found.measured.to_sample == run.measurements
+
+
 def test_trained_run_waits_for_its_samples(run, tmp_path):
     finish(tmp_path, run)
     made = tmp_path / "measurements" / run.measurements[0].name
     (made / "digits.json").unlink()
+    (made / "samples.npz").touch()
     assert status.state_of(run, tmp_path).stage == "evaluate"
+    (made / "samples.npz").unlink()  # dropped
+    assert status.state_of(run, tmp_path).stage == "generate"
     (made / "generate.json").unlink()
     found = status.state_of(run, tmp_path)
     assert (found.state, found.stage) == ("waiting", "generate")
@@ -244,7 +260,7 @@ def test_counts_are_kept_and_need_no_torch_again(tmp_path):
     assert said[0].splitlines()[-1] == "True"
     assert said[1].splitlines()[-1] == "False"
     assert said[0].splitlines()[:-1] == said[1].splitlines()[:-1]
-    assert "tiny: 2 runs of 2 arms with 2 measurements, 2 of them to do" in said[0]
+    assert "tiny: 2 runs of 2 arms, 2 of them to do, with 2 measurements" in said[0]
     assert "20 steps" in said[0]
 
 

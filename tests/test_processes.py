@@ -244,6 +244,7 @@ def test_two_processes_are_killed_anyhow_and_end_in_the_same_bytes(data, tmp_pat
     assert contents(folder) == contents(tmp_path / "whole")
     assert {path.name for path in (folder / "state").iterdir()} == {
         "checkpoint.pt",
+        "lineage.json",
         "progress.json",
     }
 

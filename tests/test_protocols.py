@@ -83,24 +83,24 @@ def test_a_list_is_an_axis(sections, keys, count):
     assert len({one.cell.key for one in found}) == count
 
 
-def test_the_first_cell_of_the_first_protocol_is_the_main_measurement():
-    several = {"seeds": [7, 8], "images": [300, 100]}
-    found = planned(a=protocol(**several), b=protocol(seeds=7, images=100))
-    assert (found[0].cell.seed, found[0].cell.images) == (7, 300)
-    assert [one.protocols for one in found] == [("a",), ("a",), ("a", "b"), ("a",)]
-    turned = planned(b=protocol(seeds=7, images=100), a=protocol(**several))
-    assert (turned[0].cell.images, turned[0].protocols) == (100, ("b", "a"))
+def test_the_main_measurement_is_the_first_cell_of_final_else_of_the_first_by_name():
+    several, one = protocol(seeds=[7, 8], images=[300, 100]), protocol(seeds=7, images=100)
+    for found in (planned(a=several, b=one), planned(b=one, a=several)):
+        assert (found[0].cell.seed, found[0].cell.images) == (7, 300)
+        assert [each.protocols for each in found] == [("a",), ("a",), ("a", "b"), ("a",)]
+    found = planned(a=several, final=one)
+    assert (found[0].cell.images, found[0].protocols) == (100, ("final", "a"))
 
 
 def test_steps_are_those_of_the_weights():
     found = planned(CURVE, **measured(at=["snapshots", "final"])["protocols"])
     assert [(one.step, one.last, one.cell.at) for one in found] == [
-        (4, False, 4),
-        (8, False, 8),
         (10, True, "final"),
+        (8, False, 8),
+        (4, False, 4),
     ]
     (last,) = planned(CURVE, **measured(at=10)["protocols"])
-    assert last.name == found[-1].name
+    assert last.name == found[0].name
 
 
 def test_a_row_of_the_manifest_says_everything_of_a_measurement():
@@ -163,6 +163,9 @@ def test_names_stay():
         ({"seeds": 4}, {"seeds": [4]}),
         ({"labels": 3}, {"labels": {"classes": [3]}}),
         ({"at": "final"}, {"at": 10}),
+        ({"images": None}, {"images": 1797}),
+        ({"guidance": 1.5}, {"guidance": {"kind": "edm", "scale": 1.5}}),
+        ({"at": "final"}, {"at": ["final", 10]}),
     ],
     ids=str,
 )
@@ -173,7 +176,7 @@ def test_names_do_not_depend_on_spelling(one, other):
 def test_names_depend_on_nothing_but_their_cell():
     few, many = protocol(images=100), protocol(at="snapshots", seeds=[1, 2])
     here = names(CURVE, few=few, many=many)
-    assert names(CURVE, many=many, few=few) == here[1:] + here[:1]
+    assert names(CURVE, many=many, few=few) == here
     assert names(CURVE, a=many, b=few) == here[1:] + here[:1]
     told_otherwise = {**few, "metrics": ["fd"], "extractors": "pixels", "keep": "none"}
     assert names(CURVE, few=told_otherwise) == here[:1]
@@ -185,7 +188,7 @@ def test_every_setting_that_changes_samples_changes_names():
         {"weights": "raw"},
         {"sampler": "edm_heun"},
         {"guidance": 1.5},
-        {"images": 1797},
+        {"images": 300},
         {"seeds": 1},
         {"labels": "uniform"},
     ]
@@ -228,7 +231,7 @@ def test_two_protocols_of_one_cell_make_one_measurement_that_serves_both():
     second = protocol(extractors=["pixels", "digits"], metrics=["kid", "fd"], keep="grid")
     (one,) = planned(first=first, second=second)
     assert one.protocols == ("first", "second")
-    assert one.extractors == {"digits": ("fd", "kid"), "pixels": ("kid", "fd")}
+    assert one.extractors == {"digits": ("fd", "kid"), "pixels": ("fd", "kid")}
     assert one.keep == "grid"
     assert planned(second=second, first={**first, "keep": "samples"})[0].keep == "samples"
 
@@ -247,7 +250,7 @@ def test_like_takes_the_rest_from_another_protocol():
     assert second.cell == first.cell.model_copy(update={"seed": 5})
     assert (second.extractors, second.keep) == (first.extractors, "none")
     # In any order.
-    assert names(second={"like": "first", "seeds": 5}, first=other) == [second.name, first.name]
+    assert names(second={"like": "first", "seeds": 5}, first=other) == [first.name, second.name]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +336,7 @@ def test_raw_weights_of_a_snapshot_are_kept_on_request_alone():
     raw = protocol(at="snapshots", weights="raw")
     line = told(CURVE, final=raw)
     assert line == (
-        "protocols.final.weights: uvit · none · dsm keeps no raw at step 4, but ema; "
+        "protocols.final.weights: uvit · none · dsm keeps no raw at step 8, but ema; "
         "training.snapshots: {every: n, raw: true} keeps raw ones, too"
     )
     asked = {"training": {**CURVE["training"], "snapshots": {"every": 4, "raw": True}}}
@@ -354,7 +357,7 @@ def test_the_best_snapshot_is_told_by_the_measurements_of_another_protocol():
         assert best.name.startswith("best-")
         assert (best.step, best.last) == (None, False)
         assert best.cell.at.model_dump() == {
-            "best": tuple(name for name in found if name != best.name),
+            "best": tuple(sorted(name for name in found if name != best.name)),
             "extractor": "digits",
             "metric": "fd",
         }
@@ -363,8 +366,8 @@ def test_the_best_snapshot_is_told_by_the_measurements_of_another_protocol():
 def test_a_longer_curve_has_another_best():
     best = {"curve": protocol(at="snapshots", images=100), "best": protocol(at="best(curve)")}
     more = {"training": {**CURVE["training"], "snapshots": 2}}
-    *curve, first = names(CURVE, **best)
-    *longer, second = names(more, **best)
+    first, *curve = names(CURVE, **best)
+    second, *longer = names(more, **best)
     assert first != second
     assert set(curve) < set(longer)
 
@@ -454,7 +457,8 @@ def test_only_chooses_by_every_key(only, count):
     ids=str,
 )
 def test_only_names_what_is_there(only, words):
-    assert f"protocols.final.{words}" in told(MANY, **measured(only=only)["protocols"])
+    if len(only) == 1:  # a protocol may measure no arm of a part of a grid
+        assert f"protocols.final.{words}" in told(MANY, **measured(only=only)["protocols"])
 
     def chosen() -> None:
         study = load({**base(), **MANY, "only": only})
@@ -539,7 +543,10 @@ def test_several_data_sets_rename_no_run_of_the_one():
             "datasets.few.reference.name: 'digits' is the name of datasets.digits, with other",
         ),
         (
-            digits_and(few={**FEW, "labels": False}),
+            {
+                **digits_and(few={**FEW, "labels": False}),
+                "grid": {"backbone": ["uvit"], "dataset": ["digits", "few"]},
+            },
             "protocols.final.extractors: digits trains a classifier and needs "
             "datasets.few.labels: true",
         ),
@@ -588,7 +595,7 @@ def yaml_after(words: str) -> dict:
 
 def test_studies_of_the_readme_are_studies():
     found = planned(yaml_after("## Measure: protocols"))
-    assert [one.protocols for one in found] == [("final",), ("curve",), ("best",)]
+    assert [one.protocols for one in found] == [("final",), ("best",), ("curve",)]
     assert len(resolved({"dataset": None, **yaml_after("**Several data sets**")})) == 4
 
 
@@ -607,3 +614,47 @@ def test_the_readme_says_every_key_of_a_protocol_with_an_example_that_works():
 def test_the_readme_says_every_key_of_only():
     keys = README.partition("is chosen by `only`, with the keys")[2].partition(", each")[0]
     assert re.findall(r"`(\w+)`", keys) == list(Only.model_fields)
+
+
+# --- what only some arms can be measured with ----------------------------------------------------
+
+TWO_KINDS = {
+    "arms": [{"name": "told", "backbone": "uvit", "training": {"conditional": True}}],
+    "training": {**base()["training"], "label_dropout": 0.0},
+}
+
+
+def test_a_protocol_asks_nothing_of_arms_that_it_does_not_measure():
+    some = protocol(labels=[0, 1], only={"name": "told"})
+    runs = resolved(TWO_KINDS, final=protocol(), classes=some)
+    assert sorted(len(run.measurements) for run in runs.values()) == [1, 1, 3]
+    line = told(TWO_KINDS, final=protocol(), classes={**some, "only": None})
+    assert line.startswith("uvit · none · dsm: protocols.classes.labels: the network is told no")
+
+
+@pytest.mark.parametrize(
+    ("curve", "best", "words"),
+    [
+        ({"weights": ["ema", "raw"]}, {}, "protocols.best.at: best(curve) compares snapshots, but"),
+        ({"images": [10, 20]}, {}, "protocols.best.at: best(curve) compares snapshots, but"),
+        ({}, {"weights": "raw"}, "protocols.best.weights: uvit · none · dsm keeps no raw at step"),
+        ({}, {"weights": "ema7"}, "protocols.best.weights: uvit · none · dsm keeps no ema7 at"),
+    ],
+)
+def test_the_best_is_told_by_like_measurements_of_weights_that_are_kept(curve, best, words):
+    along = protocol(**{"at": "snapshots", "images": 100} | curve)
+    sections = CURVE
+    if "weights" in curve:
+        kept = {"every": 4, "raw": True}
+        sections = {"training": {**CURVE["training"], "snapshots": kept}}
+    assert words in told(sections, curve=along, best=protocol(**{"at": "best(curve)"} | best))
+
+
+@pytest.mark.parametrize("probe", ["target_variance", "scaling_laws"])
+def test_a_probe_of_one_data_set_is_not_made_of_several(probe):
+    several = {
+        **digits_and(few=FEW),
+        "grid": {"backbone": ["uvit"], "dataset": ["digits", "few"]},
+        "probes": [probe],
+    }
+    assert told(several).startswith(f"probes[0]: {probe} looks at one data set, and the study has")

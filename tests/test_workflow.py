@@ -371,15 +371,17 @@ def test_killed_study_goes_on_to_the_same_bytes(project, finished):
         other = finished.results / "runs" / folder.name
         for name in ("weights.safetensors", "raw.safetensors"):
             assert (folder / "train" / name).read_bytes() == (other / "train" / name).read_bytes()
-        (measurement,) = (folder / "measurements").iterdir()
-        samples = f"measurements/{measurement.name}/samples.npz"
-        mine, theirs = (path / samples for path in (folder, other))
-        assert mine.read_bytes() == theirs.read_bytes()
-        mine, theirs = (
-            json.loads((path / samples).with_name("digits.json").read_text())["metrics"]
-            for path in (folder, other)
-        )
-        assert mine == theirs
+        measured = [path.name for path in (folder / "measurements").iterdir()]
+        assert measured
+        for name in measured:
+            samples = f"measurements/{name}/samples.npz"
+            mine, theirs = (path / samples for path in (folder, other))
+            assert mine.read_bytes() == theirs.read_bytes()
+            mine, theirs = (
+                json.loads((path / samples).with_name("digits.json").read_text())["metrics"]
+                for path in (folder, other)
+            )
+            assert mine == theirs
 
 
 def test_stop_leaves_a_checkpoint_and_one_clear_line(project):

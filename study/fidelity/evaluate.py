@@ -356,6 +356,7 @@ def evaluate(
         "code": code,
         "protocol": protocol,
         "generation_code": generation.get("code"),
+        "weights_sha256": generation.get("weights_sha256"),
         "metrics": {names[base]: score.value for base, score in scores.items()},
         "bases": names,
         "spread": {names[b]: s.spread for b, s in scores.items() if s.spread is not None},

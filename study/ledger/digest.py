@@ -19,8 +19,8 @@ from typing import Any
 
 from study.files import UserError
 from study.spec import defaults
-from study.spec.guidance import GuidanceOptions
-from study.spec.metrics import METRICS
+from study.spec.guidance import GuidanceOptions, guidance_options
+from study.spec.metrics import METRICS, NUMBERS, numbers
 from study.spec.probes import PROBES
 from study.spec.run import Spec
 from study.spec.samplers import SamplerOptions
@@ -226,7 +226,7 @@ def stage(verb: str) -> str:
     if verb == "evaluate":  # words for people are no part of a measurement
         known = repr({key: (one.possible, list(one.numbers)) for key, one in METRICS.items()})
     elif verb in ("aggregate", "figures", "notebook", "report"):
-        known += repr(METRICS)
+        known += repr(METRICS) + _function(numbers)
     return _whole(stage_digest(_verbs()[verb]) + known, ("protocol",) * (verb == "evaluate"))
 
 
@@ -370,7 +370,8 @@ def _generation(kind: _Kind) -> str:
     walks = sampler.implementation.partition(":")[0]
     code = stage_digest((*_verbs()["generate"], *roots, walks), exclude)
     sections = (*_sections(spec), "measurement", "guidance", f"sampler {sampler.kind}")
-    code += _own(spec)
+    better = repr({number: metric.better for number, metric in NUMBERS.items()})
+    code += _own(spec) + _function(guidance_options) + better
     return _whole(code, sections, *models, type(sampler), GuidanceOptions)
 
 

@@ -352,6 +352,8 @@ def _row(
     """What is left of a run; ``begun`` steps are those of a shorter run, which it goes on from."""
     gpu = study.machine.gpus > 0
     steps = run.spec.steps
+    if state.state in ("running", "stopped") and state.stage == "train":
+        begun = max(begun, state.step or 0)
     row = Row(run, state, steps, steps * run.spec.training.batch)
     row.network = networks(run.spec)
     per_image, source = {}, "measured here"
@@ -376,8 +378,6 @@ def _row(
             for one, kind in state.measured.to_measure
         ),
     }
-    if state.state in ("running", "stopped") and state.stage == "train" and state.steps:
-        wanted["train"] = _product(wanted["train"], 1 - state.step / state.steps)
     wanted["train"] = _jobs(wanted["train"]) if _to_train(state) else 0.0
     row.seconds = wanted
     if state.state not in ("done", "diverged"):
@@ -518,8 +518,8 @@ def summary(study: Study, rows: list[Row], missing: int = 0) -> list[str]:
     arms = len({row.run.arm for row in rows})
     measured = sum(len(row.run.measurements) for row in rows)
     lines = [
-        f"{study.study}: {len(rows)} runs of {arms} arms with {measured} measurements, "
-        f"{len(todo)} of them to do"
+        f"{study.study}: {len(rows)} runs of {arms} arms, {len(todo)} of them to do, with "
+        f"{measured} measurements"
     ]
     stale = sum(row.state.state == "stale" for row in rows)
     if stale:

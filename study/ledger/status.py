@@ -113,14 +113,24 @@ def outdated(run: Run, status: Mapping[str, Any], data: str | None = None) -> st
     return ""
 
 
-def _unlike(run: Run, one: Planned, facts: Mapping[str, Any]) -> str:
+def _unlike(run: Run, one: Planned, facts: Mapping[str, Any], trained: Mapping[str, Any]) -> str:
     """Why finished samples are not what would be made today; empty if they are.
 
-    What they depend on is in the measurement's name, but for the code.
+    Settings are in the measurement's name; ``trained`` are the weights as they are now.
     """
     code = facts.get("generation_code", facts.get("code"))
-    same = code in (None, digest.generation(run.spec, one.cell.sampler))
-    return "" if same else "generate: its code has changed"
+    if code not in (None, digest.generation(run.spec, one.cell.sampler)):
+        return "generate: its code has changed"
+    drawn, now = facts.get("weights_sha256"), _weights(one, trained)
+    return "" if None in (drawn, now) or drawn == now else "generate: the run was trained again"
+
+
+def _weights(one: Planned, trained: Mapping[str, Any]) -> str | None:
+    """The hash of the weights that a measurement looks at, where a training's status tells it."""
+    which = one.cell.weights
+    if one.last and which in ("ema", "raw"):
+        return trained.get({"ema": "weights_sha256", "raw": "raw_sha256"}[which])
+    return ((trained.get("snapshots") or {}).get(str(one.step)) or {}).get(which)
 
 
 def _unlike_metrics(one: Planned, kind: str, facts: Mapping[str, Any]) -> str:
@@ -131,8 +141,8 @@ def _unlike_metrics(one: Planned, kind: str, facts: Mapping[str, Any]) -> str:
     return "" if facts.get("protocol") in (None, wanted) else "evaluate: other metrics are wanted"
 
 
-def measured(run: Run, folder: Path) -> Measured:
-    """Look at the measurements of the run in ``folder``."""
+def measured(run: Run, folder: Path, trained: Mapping[str, Any]) -> Measured:
+    """Look at the measurements of the run in ``folder``, whose training says ``trained``."""
     to_sample, to_measure = [], []
     stale = reason = ""
     for one in run.measurements:
@@ -142,10 +152,10 @@ def measured(run: Run, folder: Path) -> Measured:
             if facts is None:
                 to_measure.append((one, kind))
                 facts = None if drawn else _json(f"{place}/generate.json")
-                again = "" if facts is None else _unlike(run, one, facts)
-                missing = facts is None and not drawn
+                again = "" if facts is None else _unlike(run, one, facts, trained)
+                missing = not os.path.exists(f"{place}/samples.npz")  # they may have been dropped
             else:
-                again, missing, drawn = _unlike(run, one, facts), False, True
+                again, missing, drawn = _unlike(run, one, facts, trained), False, True
                 unlike = again or _unlike_metrics(one, kind, facts)
                 if unlike:
                     to_measure.append((one, kind))
@@ -213,7 +223,7 @@ def state_of(
     status = _json(folder / "train" / "status.json")
     running = _at_work(run, folder, now)
     if running is not None and not (status and running.stage == "train"):
-        return replace(running, measured=measured(run, folder))
+        return replace(running, measured=measured(run, folder, status or {}))
     if status is None:
         progress = read_progress(folder / "state")
         if progress is not None:
@@ -227,7 +237,7 @@ def state_of(
     if why:
         return State(run, "stale", "train", step, steps, note=why, measured=_all(run))
     diverged = status.get("status") == "diverged"
-    found = measured(run, folder)
+    found = measured(run, folder, status)
     reason = f"{status.get('reason')} at step {step}" if diverged else found.reason
     at = (run, "waiting", "", step, steps)
     here = State(*at, note=reason, measured=found)

@@ -183,9 +183,13 @@ def _decoder(settings: Decoding | None, weights: str, archive: Archive) -> Laten
 
 
 def best_step(metric: str, values: dict[int, list[float]]) -> int | None:
-    """The step whose measurements have the best mean of a metric; the earliest of equal ones."""
+    """The step whose measurements have the best mean of a metric; the earliest of equal ones.
+
+    Steps that lack a measurement which another one has are left out: their mean is of fewer.
+    """
     sign = 1 if NUMBERS[metric].better == "lower" else -1
-    means = {step: sign * sum(found) / len(found) for step, found in values.items() if found}
+    most = max(map(len, values.values()), default=0)
+    means = {step: sign * sum(v) / most for step, v in values.items() if len(v) == most > 0}
     return min(sorted(means), key=means.__getitem__, default=None)
 
 

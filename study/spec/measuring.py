@@ -201,7 +201,11 @@ class Protocol(Model):
     def measured(self) -> dict[str, tuple[str, ...]]:
         """The metrics of each extractor: all that it can give."""
         return {
-            one.kind: tuple(m for m in self.metrics if one.logits or not METRICS[m].logits)
+            one.kind: tuple(
+                metric
+                for metric, row in METRICS.items()
+                if metric in self.metrics and (one.logits or not row.logits)
+            )
             for one in self.extractors
         }
 
@@ -231,7 +235,12 @@ class Decoding(Model):
 class Measurement(Model):
     """What samples depend on but the run: one cell of a protocol, and how latents are decoded."""
 
-    at: Literal["final"] | Annotated[int, Field(ge=0)] | BestOf = "final"
+    at: Annotated[
+        Annotated[Literal["final"], Tag("<word>")]
+        | Annotated[int, Field(ge=0), Tag("<step>")]
+        | Annotated[BestOf, Tag("<best>")],
+        Discriminator(lambda at: "<best>" if isinstance(at, BestOf | Mapping) else _at(at)),
+    ] = "final"
     weights: Annotated[str, Field(pattern=WEIGHTS_PATTERN)] = "ema"
     sampler: Sampler
     guidance: Guidance | None = None

@@ -155,8 +155,8 @@ class Study(Model):
     training: Training
     protocols: dict[Name, Protocol] = Field(
         min_length=1,
-        description="How quality is measured. Tables of arms compare the numbers of the first one, "
-        "in the first of its cells.",
+        description="How quality is measured. Tables of arms compare the numbers of the one called "
+        "final, else of the first by name, in the first of its cells.",
     )
     only: Only | None = Field(
         None, description="Work on these arms alone; for command lines, as in --config 'only=...'."

@@ -166,6 +166,7 @@ SHOWN = run_digest(
             exclude={
                 "machine": True,
                 "only": True,
+                "protocols": {"__all__": {"keep"}},
                 "dataset": PLACES,
                 "datasets": {"__all__": PLACES},
                 "arms": {"__all__": {"checkpoint": {"path"}}},

@@ -207,11 +207,10 @@ class StudyScheduler(JobScheduler):
             say(f"{job.name} waits: {', '.join(waiting[job])} still belongs to an earlier job")
         self.waiting = waiting
         coming = trainings([*jobs, *self.running])
-        free = {
-            job
-            for job in jobs - waiting.keys()
-            if not any(coming.intersection(SHORTER.get(run, ())) for run in trainings([job]))
-        }
+        ready = jobs - waiting.keys()
+        free = {job for job in ready if not shorter_of(job) & coming}
+        if not free and not self.running:  # groups of trainings that wait for each other
+            free = ready
         return super().job_selector(free) if free else set()
 
     def tend(self):

@@ -55,6 +55,12 @@ def occupied(job):
 SHORTER = arms.shorter(RUNS)
 
 
+def shorter_of(job):
+    """The runs that a training, or a group of them, goes on from, beside its own."""
+    own = trainings([job])
+    return {other for run in own for other in SHORTER.get(run, ())} - own
+
+
 def trainings(jobs):
     """The runs that these jobs train."""
     return {one.wildcards.run for job in jobs for one in members(job) if one.rule.name == "train"}

@@ -52,19 +52,17 @@ def hand_to_jobs():
 
 def missing():
     """What a user's paths should lead to, if a job that is to run needs it and it is not there."""
-    needed = {
-        f"reference_{kind}": (f"extractor {kind}: weights", given_weights(kind), "")
-        for kind in STUDY.extractors
-    }
     for job in workflow.dag.needrun_jobs():
-        where, path, kept = needed.get(job.rule.name, ("", "", ""))
+        where = path = kept = ""
         if job.rule.name == "convert":
             name = job.wildcards.dataset
             where, path, kept = f"{WHERE[name]}.path", DATA[name].path, archive_of(name)
         if job.rule.name == "reference":
-            where, path, kept = needed[f"reference_{REFERENCES[job.wildcards.reference][1]}"]
+            kind = REFERENCES[job.wildcards.reference][1]
+            where, path = f"extractor {kind}: weights", given_weights(kind)
         if job.rule.name.startswith("generate"):
-            where, path = "dataset.decoder.weights", decoder_path(job.wildcards)
+            name = RUNS[job.wildcards.run].spec.dataset.name
+            where, path = f"{WHERE[name]}.decoder.weights", decoder_path(job.wildcards)
         if job.rule.name == "train":
             run = RUNS[job.wildcards.run]
             where, path = f"checkpoint of {run.display}", run.checkpoint
