@@ -244,6 +244,8 @@ def test_a_longer_training_ends_in_the_bytes_of_one_at_once(tmp_path, data, fami
     went_on = run(tmp_path, data, longer, **rows)
     said = capsys.readouterr().out
     assert re.findall(r".* at step .*", said)[0] == f"goes on from {shorter.name} at step 40 of 80"
+    origins = read_json(went_on / "status.json")["origins"]
+    assert origins == [{"run": shorter.name, "step": 40}]
     same(run(tmp_path, data, longer, "at once", **rows), went_on)
     assert contents(tmp_path / "a/runs" / shorter.name / "train") == first
 

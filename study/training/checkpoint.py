@@ -20,7 +20,7 @@ NOTE = "lineage.json"
 
 PARTS = {
     *("step", "seconds", "model", "averages", "optimizer", "scaler", "watch"),
-    *("log", "timing", "snapshots"),
+    *("log", "timing", "snapshots", "origins"),
 }
 """What a checkpoint holds beside the identity."""
 

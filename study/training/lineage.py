@@ -42,6 +42,7 @@ def go_on(
             if snapshots.due(step):
                 snapshots.keep(step, {**state["averages"], "raw": state["model"]})
             state["snapshots"] = snapshots.record
+            state["origins"] = [*state["origins"], {"run": other.parent.name, "step": step}]
             checkpoint.save(folder, identity, state)
             print(f"goes on from {other.parent.name} at step {step} of {steps}", flush=True)
             return state

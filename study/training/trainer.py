@@ -116,6 +116,7 @@ class Trainer:
         fp16 = self.settings.precision == "fp16"
         self.watch = Watch(self.settings.divergence, skips=FP16_SKIPS if fp16 else 0)
         self.step, self.seconds, self.steps = 0, 0.0, spec.steps
+        self.origins: list[dict[str, Any]] = []  # runs that it went on from, and at which steps
         self.strict = True  # until an operation has no kernel that repeats its bits
         self.log = Log(machine.get("log_every") or spacing(self.steps))
         self.timing = Table()
@@ -172,6 +173,7 @@ class Trainer:
                 "log": self.log.state_dict(),
                 "timing": self.timing.columns,
                 "snapshots": self.snapshots.record,
+                "origins": self.origins,
             }
             checkpoint.save(self.folder, identity, state)
         self.accelerator.wait_for_everyone()
@@ -217,6 +219,7 @@ class Trainer:
         log = Log.restored(state["log"])  # which keeps its spacing where another does not fit
         self.log = log.coarser(self.log.every, self.steps - 1) or log
         self.timing.columns = state["timing"]
+        self.origins = state["origins"]
 
     # --- one step ----------------------------------------------------------------------------
 
@@ -381,6 +384,7 @@ class Trainer:
             "train_seconds": seconds,
             "images_per_second": images / max(seconds, 1e-9),
             "processes": self.accelerator.num_processes,
+            "origins": self.origins,
         }
 
     def write(self, out: Path) -> dict[str, Any]:
