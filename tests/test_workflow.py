@@ -617,7 +617,8 @@ LEANT_ON = {
     ),
     "snakemake.settings.types:StorageSettings": "default_storage_provider shared_fs_usage",
     "snakemake.scheduling.job_scheduler:JobScheduler": (
-        "_executor _handle_error _open_jobs run job_selector exit_gracefully running failed"
+        "_executor _handle_error _open_jobs _schedule_reevalutation run job_selector "
+        "exit_gracefully running failed"
     ),
     "snakemake.persistence.file:FilePersistence": (
         "lock _delete_locks _lockfile _record_path _incomplete_path"

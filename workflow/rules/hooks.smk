@@ -1,6 +1,7 @@
 # All that reaches into Snakemake itself: the classes of its workflow, its settings and its scheduler
 # with this study's additions, and its locks. A test names what is leant on of the pinned version.
 import asyncio
+import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 
@@ -158,12 +159,13 @@ workflow.__class__ = StudyWorkflow
 
 
 class StudyScheduler(JobScheduler):
-    """Snakemake's scheduler, with three additions.
+    """Snakemake's scheduler, with these additions.
 
     - A job that was stopped has not failed: if its run has kept more of its work since the job was
       handed over (time limit, preemption, lost node, kill), it is tried again and not counted. What
       fails at one place again and again keeps nothing new there, and is counted.
     - A run that another process works on is left to it until that ends.
+    - A training that goes on from a shorter one waits for that, where both are to run.
     - When a stop is asked for, nothing starts any more, and what a cluster has not begun leaves its
       queue.
     """
@@ -171,7 +173,7 @@ class StudyScheduler(JobScheduler):
     def take_over(self, watched):
         """Add what is kept here; ``watched`` are the jobs of the progress line."""
         self.watched, self.kept, self.waiting, self.leaving = watched, {}, {}, None
-        self.told = {}
+        self.told, self.look_again = {}, None
         if not self.workflow.local_exec:
             self.report_job_error = self._executor.report_job_error
             self._executor.report_job_error = self.note_error
@@ -212,6 +214,18 @@ class StudyScheduler(JobScheduler):
         if not free and not self.running:  # groups of trainings that wait for each other
             free = ready
         return super().job_selector(free) if free else set()
+
+    def _schedule_reevalutation(self, delay):
+        """Look again later, once: else every job that ends would add a look a second for good."""
+
+        def look():
+            self.look_again = None
+            self._open_jobs.release()
+
+        if self.look_again is None:
+            self.look_again = threading.Timer(delay, look)
+            self.look_again.daemon = True
+            self.look_again.start()
 
     def tend(self):
         """What is looked after every second, in the thread of the progress line."""
