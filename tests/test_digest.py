@@ -1,6 +1,7 @@
 """Digests of code: what changes them, and for whom."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import pytest
 from study import arms
 from study.ledger import digest
 from study.spec.study import load
+
+ROOT = Path(__file__).resolve().parents[1]
 
 BASE = {
     "__init__.py": "",
@@ -184,6 +187,8 @@ from study.spec.run import Identity
 from study.spec.samplers import SAMPLERS
 from study.spec.study import load
 
+ROOT = Path(__file__).resolve().parents[1]
+
 specs = [run.spec for run in arms.runs(load("config.yaml")).values()]
 print([digest.stage(verb) for verb in digest._verbs() if verb != "parity"])
 print([digest.training(spec) for spec in specs])
@@ -235,3 +240,36 @@ def test_a_notebook_depends_on_what_its_cells_import(tmp_path):
     plain = notebook("a.ipynb", "%matplotlib inline\n1 + 1")
     assert notebook("b.ipynb", "2 + 2") == plain
     assert notebook("c.ipynb", "from study import skips") != plain
+
+
+def test_what_python_leaves_beside_the_code_changes_nothing(tmp_path):
+    bare = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "study", tmp_path / "study", ignore=bare)
+    said = []
+    for bytecode in ("1", ""):  # without, then with what an import writes; then beside it
+        done = subprocess.run(
+            [sys.executable, "-c", ALL_STAGES],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": bytecode},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        said.append(done.stdout)
+    for path in [*(tmp_path / "study").rglob("*.py")]:
+        beside = path.parent / "__pycache__"
+        beside.mkdir(exist_ok=True)
+        (beside / f"{path.stem}.cpython-311.pyc").write_bytes(b"other bytes")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-X", "pycache_prefix=elsewhere", "-c", ALL_STAGES]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=True
+    )
+    assert {*said, done.stdout} == {said[0]}
+
+
+ALL_STAGES = """
+from study.ledger import digest
+print([digest.stage(verb) for verb in digest._verbs() if digest._verbs()[verb]])
+print([digest.conversion(source) for source in ("digits", "folder", "lsun", "latents")])
+"""

@@ -162,7 +162,8 @@ def _data(tree: ast.AST, path: Path) -> Iterator[str]:
     for name in sorted(name for name in names if isinstance(name, str) and name):
         files = _files(package).get(name, [])
         folder = path.parent / name
-        if name.isidentifier() and folder.is_dir() and not any(folder.rglob("*.py")):
+        data = name.isidentifier() and name != "__pycache__" and folder.is_dir()
+        if data and not any(folder.rglob("*.py")):
             files = sorted(one for one in folder.rglob("*") if one.is_file())
         yield from (hashlib.sha256(one.read_bytes()).hexdigest() for one in files)
 
