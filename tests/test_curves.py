@@ -87,6 +87,18 @@ def final(protocol: str, **changes) -> dict:
     return synthetic.measurement("final", 1000, True, [protocol], True, **changes)
 
 
+def probe_costs(manifest: Path, macs: dict[str, float]) -> None:
+    """Give every run what the probe ``cost`` leaves: multiply-adds by its backbone."""
+    content = entries(manifest)
+    for entry in content["runs"]:
+        folder = manifest.parent / "runs" / entry["run"] / "probes"
+        folder.mkdir(parents=True, exist_ok=True)
+        row = {"quantity": "macs", "value": macs[entry["axes"]["backbone"]], "unit": "MAC/image"}
+        pd.DataFrame([{**row, "batch": 1, "device": "cpu"}]).to_parquet(folder / "cost.parquet")
+    content["config"]["probes"] = [{"kind": "cost", "seeds": None}]
+    manifest.write_text(json.dumps(content))
+
+
 def texts(figure) -> str:
     return "\n".join(artist.get_text() for artist in figure.findobj(Text))
 
@@ -120,14 +132,8 @@ def tables(tmp_path_factory) -> Tables:
         entry["run"], entry["arm"] = entry["run"] + "-64", entry["arm"] + "-64"
         synthetic.write_run(made.parent / "runs" / entry["run"], entry, 10, 4, False)
         content["runs"].append(entry)
-    for entry in content["runs"]:
-        folder = made.parent / "runs" / entry["run"] / "probes"
-        folder.mkdir(parents=True, exist_ok=True)
-        macs = 3e6 if entry["axes"]["backbone"] == "uvit" else 5e6
-        row = {"quantity": "macs", "value": macs, "unit": "MAC/image", "batch": 1, "device": "cpu"}
-        pd.DataFrame([row]).to_parquet(folder / "cost.parquet")
-    content["config"]["probes"] = [{"kind": "cost", "seeds": None}]
     made.write_text(json.dumps(content))
+    probe_costs(made, {"uvit": 3e6, "udit": 5e6})
     return gather(made)
 
 
@@ -460,6 +466,27 @@ def test_the_page_names_the_best_place_of_an_axis(tmp_path):
     page = report(made, made.parent, tmp_path / "report").read_text()
     best = r"U-ViT 2\.00 \[2\.00, 2\.00\] at 3 \((none|CS 0\.7) with DSM, n = 2\)"
     assert re.search(f"best over guidance scale: {best}", page)
+
+
+@pytest.mark.parametrize("lost", ["diverged", "missing"])
+def test_a_backbone_with_costs_and_without_numbers_is_left_out(tmp_path, lost):
+    """Costs are probed before training: at first all backbones but one may have no number."""
+    runs = [("patch_unet", "none", "dsm", seed) for seed in (0, 1)]
+    options = {"backbones": ("uvit", "udit", "patch_unet"), "scalings": ("none",)}
+    made = build(tmp_path, **options, **{lost: runs})
+    probe_costs(made, {"uvit": 3e6, "udit": 5e6, "patch_unet": 4e6})
+    content = entries(made)
+    for entry in content["runs"]:  # the curve would hold numbers from before the divergence
+        entry["measurements"] = entry["measurements"][:1]
+    made.write_text(json.dumps(content))
+    found = gather(made)
+    (setting,) = settings(found.curves, OVER["macs"])
+    assert set(setting.rows["line"]) == {"uvit", "udit"}
+    figures.draw_all(made.parent / "tables", made.parent, made.parent / "figures", formats=("svg",))
+    page = report(made, made.parent, tmp_path / "report").read_text()
+    (best,) = re.findall(r"best over multiply-adds per image: ([^<]*)\.</", page)
+    why = r"\(none with DSM, n = 2\)"
+    assert re.fullmatch(rf"U-ViT [^;]* at 3M {why}; U-DiT [^;]* at 5M {why}", best)
 
 
 # --- samples that were dropped --------------------------------------------------------------------
