@@ -26,7 +26,9 @@ from study.analysis.figures import base as figures_base
 from study.analysis.figures.samples import read_samples
 from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
+from study.analysis.report import origins
 from study.analysis.report.page import report
+from study.analysis.report.study import Study
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.columns import TABLES
 from study.analysis.tables.read import Tables
@@ -759,6 +761,42 @@ def test_another_reference_or_guidance_is_another_measurement():
     assert any(text.startswith("guidance: ") for text in row["differences"])
     # Where a study measured in several ways, the name of the metric says so.
     assert published.beside(dataset, spec, "fid_50000_ab12cd34", CIFAR10)
+
+
+OWN = {"name": "cifar10", "source": "cifar10", "resolution": 32, "color": None}
+OTHERS = {"name": "birds", "source": "folder", "resolution": 32, "color": None}
+COPY = {"name": "cifar10-copy", "source": "folder", "resolution": 32, "color": None}
+
+
+@pytest.mark.parametrize("order", [(OWN, OTHERS, COPY), (COPY, OTHERS, OWN)])
+def test_published_numbers_stand_beside_the_arms_of_their_data_set_alone(tmp_path, order):
+    manifest = small(tmp_path, backbones=("uvit",), scalings=("none",), targets=("dsm",))
+    for dataset in order:
+        note = "a lossy copy" if dataset is COPY else ""
+        synthetic.also_on(manifest, dataset, 50_000, "inception", note)
+
+    def without(dataset):
+        def change(content):
+            runs = content["runs"]
+            content["runs"] = [one for one in runs if one["spec"]["dataset"] != dataset]
+
+        edit(manifest, change)
+
+    without(synthetic.DIGITS)
+    found = gather(manifest)
+    notes = found.runs.set_index("dataset")["dataset_note"].to_dict()
+    assert notes == {"cifar10": "", "birds": "", "cifar10-copy": "a lossy copy"}
+    content = json.loads(manifest.read_text())
+    answer = origins.published(Study(content, found))
+    (row,) = answer["rows"]
+    assert (row["theirs"], row["model"]) == ("3.11", "U-ViT-S/2")
+    runs = found.runs.set_index("run")
+    assert runs.loc[runs["arm"] == row["arm"], "dataset"].unique().tolist() == ["cifar10"]
+
+    without(OWN)
+    answer = origins.published(Study(json.loads(manifest.read_text()), gather(manifest)))
+    assert answer["rows"] == []
+    assert all(one["name"] in answer["reason"] for one in (OTHERS, COPY))
 
 
 # --- notebooks and captions ----------------------------------------------------------------------

@@ -9,38 +9,43 @@ from study import published as papers
 from study.analysis import style
 from study.analysis.names import flat
 from study.analysis.report.study import Study
-from study.analysis.words import interval, short
+from study.analysis.tables.runs import dataset_of
+from study.analysis.words import enumerate_words, interval, short
 
 
 def published(study: Study) -> dict[str, Any]:
     """Published numbers beside ours, or the reason why none may stand there."""
-    first = next((entry["spec"] for entry in study.manifest["runs"]), {})
-    dataset = dict(study.config.get("dataset") or first.get("dataset") or {})
-    name = dataset.get("name", "")
+    runs, config = study.manifest["runs"], study.config
+    sections = {entry["run"]: dataset_of(config, entry["spec"]) for entry in runs}
+    datasets = {one.get("name", ""): one for one in sections.values()}
+    words = f"data set{'s' * (len(datasets) > 1)} {enumerate_words(datasets)}"
     if study.metric is None:
         reason = "Nothing has been measured."
     elif not any(metric.startswith("fid") for metric in study.metrics):
         reason = (
-            f"{style.metric_label(study.metric)} on data set {name} is not the Inception FID "
+            f"{style.metric_label(study.metric)} on {words} is not the Inception FID "
             "that the papers report: no published number may stand beside it."
         )
-    elif rows := _beside(study, dataset):
+    elif rows := _beside(study, sections):
         return {"rows": rows, "reason": ""}
-    elif papers.dataset_key(dataset) is None:
+    elif not any(map(papers.dataset_key, datasets.values())):
         reason = (
-            f"Data set {name} as converted here is none that the papers measured on: its name "
+            f"The papers did not measure on {words} as converted here: a name "
             "is not enough, the source, the split, the side and the number of images count."
         )
     else:
         reason = (
             "The papers state no number for these backbones, targets, numbers of images and "
-            f"references on {name}."
+            f"references on {words}."
         )
     return {"rows": [], "reason": reason}
 
 
-def _beside(study: Study, dataset: dict[str, Any]) -> list[dict[str, Any]]:
-    """Our means with every published number that may stand beside them."""
+def _beside(study: Study, sections: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Our means with every published number that may stand beside them.
+
+    ``sections`` holds what the study says of each run's data set.
+    """
     rows = []
     specs = {entry["run"]: entry["spec"] for entry in study.manifest["runs"]}
     summary = study.tables.summary.set_index(["arm", "metric"])
@@ -53,7 +58,8 @@ def _beside(study: Study, dataset: dict[str, Any]) -> list[dict[str, Any]]:
             identity = study.tables.identity(metric)
             if isinstance(identity.get("sampler"), str):
                 identity["sampler"] = json.loads(identity["sampler"])
-            for found in papers.beside(dataset, specs[first[arm["arm"]]], metric, identity):
+            run = first[arm["arm"]]
+            for found in papers.beside(sections[run], specs[run], metric, identity):
                 number = found["number"]
                 rows.append(
                     {

@@ -11,14 +11,16 @@ from study.analysis.tables.found import Found
 from study.files import canonical_json
 
 
-def dataset_note(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
-    """The data set's own remark (for example that it is a lossy copy), from config or spec."""
+def dataset_of(config: Mapping[str, Any], spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The study's section about a run's data set: beside what the spec holds, its note and path."""
     own = spec.get("dataset") or {}
     several = (config.get("datasets") or {}).get(own.get("name"))
-    for place in (several, config.get("dataset"), own):
-        if isinstance(place, Mapping) and place.get("note"):
-            return " ".join(str(place["note"]).split())
-    return ""
+    return {**own, **(several or config.get("dataset") or {})}
+
+
+def dataset_note(config: Mapping[str, Any], spec: Mapping[str, Any]) -> str:
+    """The data set's own remark, for example that it is a lossy copy."""
+    return " ".join(str(dataset_of(config, spec).get("note") or "").split())
 
 
 def finite(value: Any) -> float | None:
