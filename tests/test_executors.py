@@ -101,6 +101,7 @@ def test_overridden_keys_reach_the_jobs_of_an_executor(project, submitted):
         "steps": 3,
         "lr": 5e-3,
         "warmup": 0,
+        "snapshots": written["backbones"]["uvit"]["training"]["snapshots"],
     }
     assert resolved["training"]["batch"] == 8
     assert resolved["training"]["lr"] == written["training"]["lr"]
