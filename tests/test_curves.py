@@ -16,11 +16,14 @@ from PIL import Image
 from study.analysis import figures
 from study.analysis.figures.picture import picture
 from study.analysis.figures.samples import _first_samples
+from study.analysis.report import answers, curves
 from study.analysis.report.page import report
+from study.analysis.report.study import Study
 from study.analysis.tables.aggregate import aggregate
 from study.analysis.tables.axes import OVER, settings
 from study.analysis.tables.measurements import labels_text, sampler_text
 from study.analysis.tables.read import Tables
+from study.analysis.verdicts.stf import stable_quality
 from study.fidelity.evaluate import metric_name
 from study.fidelity.extractors import EXTRACTORS
 from study.pictures import tile, untile
@@ -487,6 +490,140 @@ def test_a_backbone_with_costs_and_without_numbers_is_left_out(tmp_path, lost):
     (best,) = re.findall(r"best over multiply-adds per image: ([^<]*)\.</", page)
     why = r"\(none with DSM, n = 2\)"
     assert re.fullmatch(rf"U-ViT [^;]* at 3M {why}; U-DiT [^;]* at 5M {why}", best)
+
+
+# --- several data sets ----------------------------------------------------------------------------
+
+BIRDS = {"name": "birds", "source": "folder", "resolution": 32, "color": None}
+ALIKE, UNLIKE = 1797, 4000
+SETS = ["birds", "digits"]
+
+
+@pytest.fixture(scope="module", params=[ALIKE, UNLIKE], ids=["alike", "unlike"])
+def two(request, tmp_path_factory) -> tuple[Path, Tables]:
+    """A study on the digits and on as many, or on more, pictures of birds."""
+    made = build(
+        tmp_path_factory.mktemp("two"),
+        backbones=("uvit", "udit"),
+        scalings=("none", "cs(0.5)"),
+        targets=("dsm", "stf"),
+    )
+    synthetic.also_on(made, BIRDS, request.param, note="drawn by hand")
+    probe_costs(made, {"uvit": 3e6, "udit": 5e6})
+    return made, gather(made)
+
+
+def test_every_data_set_has_settings_and_a_leading_metric_of_its_own(two):
+    _, tables = two
+    assert set(tables.runs["line"]) == {f"{a} / {b}" for a in ("uvit", "udit") for b in SETS}
+    assert tables.runs["arm"].nunique() == len(tables.runs) / 2
+    for name in ("training", "kappa", "macs"):
+        found = settings(tables.curves, OVER[name])
+        protocol = "curve" if name == "training" else "final"
+        assert [one.label for one in found] == [f"{protocol}, data set {name}" for name in SETS]
+        for one, dataset in zip(found, SETS, strict=True):
+            whole = tables.curves[tables.curves["arm"].isin(one.rows["arm"])]
+            assert set(whole["dataset"]) == {dataset}
+            assert one.rows["identity"].map(reference(tables)).unique().tolist() == [dataset]
+            assert one.rows["metric"].nunique() == 1
+            assert set(one.rows["line"]) == {"uvit", "udit"}
+
+
+def reference(tables: Tables) -> dict[str, str]:
+    return tables.identities.set_index("identity")["reference"].to_dict()
+
+
+def test_pictures_keep_data_sets_apart(two):
+    _, tables = two
+    costs = figures.quality_over_macs(tables)
+    titles = [axes.get_title("left") for axes in costs.axes]
+    assert titles == [f"final, data set {one}" for one in SETS]
+    for axes in [*costs.axes, *figures.cost(tables).axes]:
+        values = np.concatenate([line.get_ydata() for line in axes.get_lines()])
+        assert max(values) < 4 * min(values)  # those of birds are ten times those of digits
+    kappa = figures.quality_over_kappa(tables)
+    assert len(kappa.axes) == 4
+    words = texts(kappa).replace("\n", " ")
+    assert "final, data set birds FD" in words and "final, data set digits FD" in words
+    heat = figures.quality_heatmap(tables)
+    words = texts(heat)
+    titles = [re.split(r"[:\n]", axes.get_title("left")) for axes in heat.axes]
+    assert [(one[0], one[-1]) for one in titles] == [
+        *(("birds", "DSM"), ("STF", "STF")),
+        *(("digits", "DSM"), ("STF", "STF")),
+    ]
+    assert "measured otherwise" not in words.replace("\n", " ") and "not measured" not in words
+    assert "birds: drawn by hand" in words.replace("\n", " ")
+    shown = texts(figures.comparisons(tables))
+    assert all(f"{one} / {name}" in shown for one in ("U-ViT", "U-DiT") for name in SETS)
+
+
+def test_sentences_rank_within_a_data_set_and_say_which(two, tmp_path):
+    made, tables = two
+    study = Study(entries(made), tables)
+    best = answers.best(study)
+    names = [f"{one} / {name}" for name in SETS for one in ("U-ViT", "U-DiT")]
+    assert [row["backbone"] for row in best] == names
+    assert not any(row["way"] for row in best)
+    means = [float(row["mean"]) for row in best]
+    assert min(means[:2]) > max(means[2:])
+    assert answers.tests(study)["arms"] == 2 * 2 * 3
+    unseen = answers.doubts(study)["detectable"]
+    assert re.fullmatch(r"[\d.]+ on birds and [\d.]+ on digits", unseen)
+    for name in ("training", "kappa", "macs"):
+        said = curves.blocks(study)[f"quality_over_{name}"]["sentences"]
+        assert len(said) == 2
+        assert ["data set birds" in one for one in said] == [True, False]
+        assert ["data set digits" in one for one in said] == [False, True]
+    means = [(about, found) for about, found in stable_quality(tables) if about["data set"]]
+    means = [(about, found) for about, found in means if about["backbone"] == "all backbones"]
+    assert [about["data set"] for about, _ in means] == SETS
+    assert abs(means[0][1].evidence.mean) > 3 * abs(means[1][1].evidence.mean)
+    page = report(made, made.parent, tmp_path / "report").read_text()
+    assert re.search(r"could be tested on FD [^:]* on birds and FD [^:]* on digits:", page)
+    assert "birds: drawn by hand" in page
+    assert page.count("<td>U-ViT / birds</td>") >= 3
+
+
+def test_a_data_set_without_numbers_takes_none_from_another(tmp_path):
+    made = build(tmp_path, backbones=("uvit", "udit"))
+    synthetic.also_on(made, BIRDS, UNLIKE, without=("uvit", "udit"))
+    tables = gather(made)
+    assert [one.label for one in settings(tables.curves, OVER["training"])] == [
+        "curve, data set digits"
+    ]
+    words = texts(figures.quality_heatmap(tables))
+    assert "birds: nothing measured" in words and words.count("missing") >= 4
+    figures.draw_all(made.parent / "tables", made.parent, made.parent / "figures", formats=("svg",))
+    page = report(made, made.parent, tmp_path / "report").read_text()
+    assert "(curve, data set digits, lower is better)" in page
+    assert "U-ViT / birds" in page
+
+
+def test_lines_that_were_measured_in_another_way_are_not_ranked_together(tmp_path):
+    made = build(tmp_path, backbones=("uvit", "udit", "patch_unet", "ddpmpp"))
+    macs = {"uvit": 3e6, "udit": 5e6, "patch_unet": 4e6, "ddpmpp": 6e6}
+    probe_costs(made, macs)
+
+    def other(content):
+        for identity in content["identity"].values():
+            identity["precision"] = "bf16"
+
+    for entry in entries(made)["runs"]:
+        if entry["axes"]["backbone"] in ("uvit", "ddpmpp"):
+            folder = made.parent / "runs" / entry["run"] / "measurements"
+            for path in folder.glob("*/digits.json"):
+                edit(path, other)
+    tables = gather(made)
+    for name, protocol in (("macs", "final"), ("kappa", "final"), ("training", "curve")):
+        found = settings(tables.curves, OVER[name])
+        assert all(one.rows["metric"].nunique() == 1 for one in found)
+        assert {frozenset(one.rows["line"]) for one in found} == {
+            frozenset({"uvit", "ddpmpp"}),
+            frozenset({"udit", "patch_unet"}),
+        }
+        assert all(re.fullmatch(rf"{protocol}, identity [0-9a-f]{{8}}", one.label) for one in found)
+    assert len(figures.quality_over_macs(tables).axes) == 2
 
 
 # --- samples that were dropped --------------------------------------------------------------------

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from study import published
 from study.analysis import style
 from study.analysis.tables.read import Tables
-from study.analysis.words import describe_identity
+from study.analysis.words import dataset_notes, describe_identity
 
 
 def show(figure: Figure) -> Any:
@@ -49,10 +49,11 @@ def setting(tables: Tables) -> Any:
     """What this study is, for comparison with a paper's setting."""
     runs = tables.runs
     seeds = runs.groupby("arm")["run"].count()
-    metric = tables.leading_metric()
+    leading = [part.leading_metric() for part in tables.by_dataset().values()]
+    metrics = [metric for metric in dict.fromkeys(leading) if metric]
     facts = {
         "data set": ", ".join(sorted(set(runs["dataset"]))),
-        "about it": " ".join(sorted(set(runs["dataset_note"]) - {""})),
+        "about it": " ".join(dataset_notes(runs)),
         "runs": f"{len(runs)} runs of {len(seeds)} arms, "
         f"{int((runs['status'] == 'done').sum())} finished, "
         f"{int((runs['status'] == 'diverged').sum())} diverged",
@@ -60,9 +61,8 @@ def setting(tables: Tables) -> Any:
         "training steps": _range(runs["steps"].dropna()),
         "images seen": _range(runs["images_seen"].dropna()),
         "parameters": _range(runs["parameters"].dropna()),
-        "metric": describe_identity(metric, tables.identity(metric))
-        if metric
-        else "nothing was measured",
+        "metric": "; ".join(describe_identity(one, tables.identity(one)) for one in metrics)
+        or "nothing was measured",
     }
     rows = {name: text for name, text in facts.items() if text}
     return grid(pd.DataFrame({"this study": rows}))

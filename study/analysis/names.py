@@ -46,14 +46,15 @@ def leading(metrics: Iterable[str], counts: Mapping[str, int]) -> list[str]:
     """Metrics in the order in which they speak for a study, the leading one first.
 
     The Inception FID, else a Fréchet distance, and so on as in ``NUMBERS``; of several those that
-    more runs have (``counts``), on more images; then by name.
+    more runs have (``counts``), on more images; then by name. Those that no run has come last.
     """
     order = list(NUMBERS)
 
     def rank(metric: str) -> tuple:
         name = MetricName.parse(metric)
         place = order.index(name.base) if name.base in NUMBERS else len(order)
-        return place, -int(counts.get(metric, 0)), -(name.images or 0), metric
+        count = int(counts.get(metric, 0))
+        return count == 0, place, -count, -(name.images or 0), metric
 
     return sorted(set(metrics) - {""}, key=rank)
 

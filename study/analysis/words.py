@@ -68,6 +68,13 @@ def absent(row: Any) -> str:
     return NOT_MEASURED if row["n_not_measured"] else "missing"
 
 
+def dataset_notes(runs: pd.DataFrame) -> list[str]:
+    """The remarks on the data sets of runs, with the name of each where there are several."""
+    notes = dict(sorted(set(zip(runs["dataset"], runs["dataset_note"], strict=True))))
+    several = len(notes) > 1
+    return [f"{name}: {note}" if several else note for name, note in notes.items() if note]
+
+
 def describe_identity(metric: str, identity: Mapping[str, Any]) -> str:
     """One metric's identity in a line of prose."""
     if not identity:

@@ -3,7 +3,8 @@
 import functools
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
@@ -13,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from study.analysis import style
-from study.analysis.names import NOT_MEASURED, OTHERWISE
+from study.analysis.names import NOT_MEASURED, OTHERWISE, better
 from study.analysis.tables.read import Tables
-from study.analysis.words import describe_identity
+from study.analysis.words import dataset_notes, describe_identity
 
 
 def drawn(
@@ -44,8 +45,37 @@ def drawn(
     return mark
 
 
-def made_of(tables: Tables, metric: str | None = None, more: str = "") -> str:
-    """The small print: runs, seeds, data set and its note, the metric's identity."""
+@dataclass(frozen=True)
+class Part:
+    """A data set of a study and the metric that is drawn of it: no other's numbers compare."""
+
+    name: str
+    metric: str
+    tables: Tables
+
+    @property
+    def lower(self) -> bool:
+        return better(self.metric) == "lower"
+
+    @property
+    def label(self) -> str:
+        """The metric in words; of a data set that has no number yet that it has none."""
+        rows = self.tables.metrics
+        measured = rows.loc[rows["metric"] == self.metric, "value"].notna().any()
+        return style.metric_label(self.metric) if measured else "nothing measured"
+
+
+def parts_of(tables: Tables, metric: str | None = None) -> list[Part]:
+    """Every data set with its leading metric, or with ``metric``; empty where nothing is known."""
+    parts = [
+        Part(name, metric or part.leading_metric() or "", part)
+        for name, part in tables.by_dataset().items()
+    ]
+    return [part for part in parts if (part.tables.metrics["metric"] == part.metric).any()]
+
+
+def made_of(tables: Tables, parts: Sequence[Part] = (), more: str = "") -> str:
+    """The small print: runs, seeds, data sets and their notes, the identities of the metrics."""
     runs = tables.runs
     finished = runs["status"].isin(["done", "diverged"])
     apart = [
@@ -55,23 +85,25 @@ def made_of(tables: Tables, metric: str | None = None, more: str = "") -> str:
     ]
     seeds = runs.groupby("arm")["run"].count()
     per_arm = f"n = {seeds.min()}" if seeds.nunique() <= 1 else f"n = {seeds.min()}–{seeds.max()}"
-    parts = [
+    facts = [
         f"{int(finished.sum())} of {len(runs)} runs"
         + (f" ({', '.join(apart)})" if apart else "")
         + f", {per_arm} seed{'s' if seeds.max() > 1 else ''} per arm",
         f"data set {', '.join(sorted(set(runs['dataset'])))}",
     ]
-    if metric:
-        states = tables.metrics.loc[tables.metrics["metric"] == metric, "status"]
-        parts += [
-            f"{int((states == state).sum())} {state}, not shown"
-            for state in (OTHERWISE, NOT_MEASURED)
-            if (states == state).any()
-        ]
-        parts.append(describe_identity(metric, tables.identity(metric)))
-    text = "; ".join(parts) + "."
-    notes = sorted(set(runs["dataset_note"]) - {""})
-    return " ".join([text, *([more] if more else []), *notes])
+    states = pd.concat(
+        [part.tables.metrics.query("metric == @part.metric")["status"] for part in parts]
+        or [pd.Series(dtype=str)]
+    )
+    facts += [
+        f"{int((states == state).sum())} {state}, not shown"
+        for state in (OTHERWISE, NOT_MEASURED)
+        if (states == state).any()
+    ]
+    for metric in dict.fromkeys(part.metric for part in parts):
+        facts.append(describe_identity(metric, tables.identity(metric)))
+    text = "; ".join(facts) + "."
+    return " ".join([text, *([more] if more else []), *dataset_notes(runs)])
 
 
 def headline(fig: Figure, text: str) -> None:

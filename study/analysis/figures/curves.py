@@ -13,14 +13,16 @@ from study.analysis import style
 from study.analysis.figures.base import (
     arm_legend,
     drawn,
+    empty_panel,
     line_grid,
     line_style,
     made_of,
+    panel_grid,
     plain_log_axis,
     text_figure,
     thousands,
 )
-from study.analysis.tables.axes import OVER, Setting, settings
+from study.analysis.tables.axes import OVER, Setting, settings, without_dataset
 from study.analysis.tables.read import Tables
 from study.analysis.words import count, enumerate_words
 
@@ -80,13 +82,10 @@ def quality_over_reference(tables: Tables) -> Figure:
 @drawn("curves", where=has("macs"))
 def quality_over_macs(tables: Tables) -> Figure:
     """Quality against the multiply-adds of a network evaluation, with the frontier."""
-    found = settings(tables.curves, OVER["macs"])
+    found = settings(tables.curves, OVER["macs"])[:MOST]
     title = "Quality over compute"
     if not found:
         return text_figure(title, _too_few("macs"), made_of(tables))
-    (setting,) = found
-    rows = setting.rows[setting.rows["n"] > 0]
-    rows = rows.sort_values(["x", "mean"], ascending=[True, setting.lower])
     fig = style.figure(height=3.1)
     style.footer(
         fig,
@@ -97,21 +96,14 @@ def quality_over_macs(tables: Tables) -> Figure:
             "that cost.",
         ),
     )
+    rows = pd.concat([setting.rows[setting.rows["n"] > 0] for setting in found])
     colours = style.scaling_colours(tables.runs["skip_scaling"])
-    families = tables.runs.drop_duplicates("line").set_index("line")["family"].to_dict()
+    runs = without_dataset(tables.runs)
+    families = runs.drop_duplicates("line").set_index("line")["family"].to_dict()
     marks = style.markers(families, families)
-    axes = fig.add_subplot()
-    best = rows["mean"].cummin() if setting.lower else rows["mean"].cummax()
-    axes.step(rows["x"], best, where="post", color="#bdbdbd", lw=1, zorder=0)
-    for row in rows.itertuples():
-        colour = colours[row.skip_scaling]
-        if pd.notna(row.ci_low):
-            axes.plot([row.x] * 2, [row.ci_low, row.ci_high], color=colour, lw=0.7, alpha=0.6)
-        fill = colour if row.target == "dsm" else "white"
-        axes.plot([row.x], [row.mean], marker=marks[row.line], color=colour, mfc=fill, ms=4.5)
-    _scale(axes, rows, "macs")
-    axes.set_xlabel(OVER["macs"].label)
-    axes.set_ylabel(_metric_label(setting))
+    for axes, setting in zip(panel_grid(fig, len(found), len(found)), found, strict=True):
+        _draw_costs(axes, setting, colours, marks)
+        axes.set_title(textwrap.fill(setting.label, 32) if _labelled(setting, found) else "")
     handles = [
         Line2D([], [], color=colours[one], lw=2, label=style.scaling_label(one))
         for one in style.order_scalings(rows["skip_scaling"])
@@ -127,6 +119,28 @@ def quality_over_macs(tables: Tables) -> Figure:
     return fig
 
 
+def _draw_costs(axes: Any, setting: Setting, colours: dict, marks: dict) -> None:
+    """A mark for each arm over its cost, and the best mean up to every cost."""
+    rows = setting.rows[setting.rows["n"] > 0]
+    rows = rows.sort_values(["x", "mean"], ascending=[True, setting.lower])
+    best = rows["mean"].cummin() if setting.lower else rows["mean"].cummax()
+    axes.step(rows["x"], best, where="post", color="#bdbdbd", lw=1, zorder=0)
+    for row in rows.itertuples():
+        colour = colours[row.skip_scaling]
+        if pd.notna(row.ci_low):
+            axes.plot([row.x] * 2, [row.ci_low, row.ci_high], color=colour, lw=0.7, alpha=0.6)
+        fill = colour if row.target == "dsm" else "white"
+        axes.plot([row.x], [row.mean], marker=marks[row.line], color=colour, mfc=fill, ms=4.5)
+    _scale(axes, rows, "macs")
+    axes.set_xlabel(OVER["macs"].label)
+    axes.set_ylabel(_metric_label(setting))
+
+
+def _labelled(setting: Setting, shown: list[Setting]) -> bool:
+    """Whether a picture has to say which setting this is."""
+    return len(shown) > 1 or setting.label != setting.protocol
+
+
 def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     """A panel for each setting and backbone, a line with its band for each arm."""
     found = settings(tables.curves, OVER[name])
@@ -136,7 +150,7 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     if len(found) > MOST:
         more += f" {count(len(found) - MOST, 'more setting')} in tables/curves.csv."
     every = pd.concat([setting.rows for setting in shown])
-    levels = _levels(tables, shown) if name == "reference" else pd.DataFrame()
+    levels = [_levels(tables, one) if name == "reference" else one.rows[:0] for one in shown]
     lines = style.order_lines(every["line"])
     fig, cells, first = line_grid(
         list(range(len(shown))), lines, 0.9, 1.8 if len(lines) > 1 else 2.5, 3
@@ -147,8 +161,10 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     for number, setting in enumerate(shown):
         for line in lines:
             axes, rows = cells[number, line], setting.rows[setting.rows["line"] == line]
-            if len(levels):
-                _draw_levels(axes, levels[levels["line"] == line], colours)
+            if rows.empty:
+                empty_panel(axes)
+                continue
+            _draw_levels(axes, levels[number][levels[number]["line"] == line], colours)
             for (_, target), own in rows.groupby(["series", "target"]):
                 _draw_line(axes, own, target, colours, name)
                 crosses |= name == "training" and _draw_cross(axes, own)
@@ -156,9 +172,9 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
             axes.set_xlabel(setting.axis.label)
             axes.tick_params(labelbottom=True)
         for axes in first[number]:
-            label = textwrap.fill(setting.label, 24) + "\n" if len(shown) > 1 else ""
+            label = textwrap.fill(setting.label, 24) + "\n" if _labelled(setting, shown) else ""
             axes.set_ylabel(label + _metric_label(setting))
-    arms = tables.only(arm=[*every["arm"], *(levels["arm"] if len(levels) else ())])
+    arms = tables.only(arm=[*every["arm"], *pd.concat(levels)["arm"]])
     arm_legend(fig, arms, diverged=crosses)
     return fig
 
@@ -186,11 +202,13 @@ def _draw_cross(axes: Any, rows: pd.DataFrame) -> bool:
     return len(last) > 0
 
 
-def _levels(tables: Tables, shown: list[Setting]) -> pd.DataFrame:
-    """The plain target's rows, measured as the first setting's."""
-    rows, like = tables.curves, shown[0].rows.iloc[0]
-    same = (rows["protocol"] == like["protocol"]) & (rows["metric"] == like["metric"])
-    return rows[same & (rows["target"] == "dsm") & (rows["last"] == "true") & (rows["n"] > 0)]
+def _levels(tables: Tables, setting: Setting) -> pd.DataFrame:
+    """The plain target's rows, measured as the setting's."""
+    rows = without_dataset(tables.curves)
+    like = setting.rows.iloc[0]
+    for column in ("protocol", "dataset", "metric"):
+        rows = rows[rows[column] == like[column]]
+    return rows[(rows["target"] == "dsm") & (rows["last"] == "true") & (rows["n"] > 0)]
 
 
 def _draw_levels(axes: Any, rows: pd.DataFrame, colours: dict) -> None:

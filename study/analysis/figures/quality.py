@@ -11,7 +11,16 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from study.analysis import style
-from study.analysis.figures.base import drawn, headline, line_grid, made_of, panel_grid, text_figure
+from study.analysis.figures.base import (
+    Part,
+    drawn,
+    headline,
+    line_grid,
+    made_of,
+    panel_grid,
+    parts_of,
+    text_figure,
+)
 from study.analysis.tables.read import Tables
 from study.analysis.words import absent, short
 from study.files import UserError
@@ -20,28 +29,47 @@ from study.files import UserError
 @drawn("quality")
 def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
     """Mean of a metric, backbone × skip scaling, one panel per target; diverged arms hatched."""
-    metric = metric or tables.leading_metric()
-    if metric is None:
+    parts = parts_of(tables, metric)
+    if not parts:
         return text_figure("Quality", "No run has been evaluated.", made_of(tables))
-    rows = tables.summary[tables.summary["metric"] == metric]
-    lines = style.order_lines(rows["line"])
-    scalings = style.order_scalings(rows["skip_scaling"])
-    targets = style.order_targets(rows["target"])
-    lower = bool((rows["better"] == "lower").all())
-    values = rows["mean"].to_numpy(dtype=float)
-    finite = values[np.isfinite(values)]
-    fig = style.figure(height=0.95 + 0.46 * len(lines))
+    summaries = [_summary(part) for part in parts]
+    targets = style.order_targets(pd.concat(summaries)["target"])
+    heights = [rows["line"].nunique() for rows in summaries]
+    fig = style.figure(height=0.95 * len(parts) + 0.46 * sum(heights))
+    side = "Lower" if parts[0].lower else "Higher"
     style.footer(
         fig,
         made_of(
             tables,
-            metric,
-            f"Cells: mean over the runs that finished, below it the 95 % bootstrap interval of "
-            f"the mean (n > 1). {'Lower' if lower else 'Higher'} is better; a frame marks each "
-            f"row's best mean in a panel, which is not a test.",
+            parts,
+            "Cells: mean over the runs that finished, below it the 95 % bootstrap interval of "
+            f"the mean (n > 1). {f'{side} is better; a' if len(parts) == 1 else 'A'} frame marks "
+            "each row's best mean in a panel, which is not a test.",
         ),
     )
-    panels = panel_grid(fig, len(targets), len(targets))
+    cells = len(parts) * len(targets)
+    panels = panel_grid(fig, cells, len(targets), height_ratios=heights)
+    for number, (part, rows) in enumerate(zip(parts, summaries, strict=True)):
+        strip = panels[number * len(targets) : (number + 1) * len(targets)]
+        _heat_strip(strip, rows, targets, part.lower)
+        if len(parts) > 1:
+            words = f"{part.name}: {part.label} ({'lower' if part.lower else 'higher'} is better)"
+            strip[0].set_title(f"{words}\n{strip[0].get_title('left')}".strip(), loc="left")
+    headline(fig, "Quality" if len(parts) > 1 else f"{parts[0].label} ({side.lower()} is better)")
+    return fig
+
+
+def _summary(part: Part) -> pd.DataFrame:
+    rows = part.tables.summary
+    return rows[rows["metric"] == part.metric]
+
+
+def _heat_strip(panels: list, rows: pd.DataFrame, targets: list[str], lower: bool) -> None:
+    """The panels of one data set, which share their colours."""
+    lines = style.order_lines(rows["line"])
+    scalings = style.order_scalings(rows["skip_scaling"])
+    values = rows["mean"].to_numpy(dtype=float)
+    finite = values[np.isfinite(values)]
     spread = len(finite) > 1 and finite.max() > finite.min()
     log = spread and finite.min() > 0 and finite.max() / finite.min() > 3
     bounds = (finite.min(), finite.max()) if spread else (0.0, 1.0)
@@ -82,11 +110,6 @@ def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
         axes.tick_params(length=0)
         names = [style.line_label(line) for line in lines] if index == 0 else []
         axes.set_yticks(np.arange(len(names)) + 0.5, names, rotation=0)
-    headline(
-        fig,
-        f"{style.metric_label(metric)} ({'lower' if lower else 'higher'} is better)",
-    )
-    return fig
 
 
 def _heat_cell(
@@ -158,9 +181,12 @@ def _heat_cell(
 @drawn("comparisons")
 def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     """Paired differences to the unscaled DSM arm of the same backbone, with intervals."""
-    metric = metric or tables.leading_metric()
-    rows = tables.comparisons[tables.comparisons["metric"] == (metric or "")]
+    parts = parts_of(tables, metric)
+    found = [(part, part.tables.comparisons) for part in parts]
+    found = [(part, own[own["metric"] == part.metric]) for part, own in found]
+    rows = pd.concat([tables.comparisons[:0], *(own for _, own in found)])
     rows = rows[rows["n_pairs"] > 0]
+    labels = {line: f"{part.label}\n({_side(part)})" for part, own in found for line in own["line"]}
     title = "Paired differences to the unscaled DSM arm"
     if rows.empty:
         return text_figure(
@@ -174,7 +200,9 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     colours = style.scaling_colours(tables.runs["skip_scaling"])
     pairs = sorted(set(rows["n_pairs"]))
     tested = bool(rows["p_value"].notna().any())
-    fig, cells, first = line_grid(["all"], lines, 0.95, 0.16 * len(order) + 0.2)
+    fig, cells, first = line_grid(
+        ["all"], lines, 0.95, 0.16 * len(order) + (0.2 if len(parts) == 1 else 0.4)
+    )
     words = (
         "Bars: Student 95 % interval of the mean paired difference; filled marks: Holm-corrected "
         "p < 0.05 over the tests of that backbone."
@@ -185,13 +213,13 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
     if absent:
         words += f" Nothing to compare: {', '.join(map(style.line_label, absent))}."
     style.footer(
-        fig, made_of(tables, metric, f"Pairs per arm: {', '.join(map(str, pairs))}. {words}")
+        fig, made_of(tables, parts, f"Pairs per arm: {', '.join(map(str, pairs))}. {words}")
     )
     for (_, line), axes in cells.items():
+        axes.set_xlabel(labels[line] if len(parts) > 1 else "difference")
         axes.axvline(0, color="#888", lw=0.8, zorder=1)
         _draw_differences(axes, rows[rows["line"] == line], order, colours)
         axes.grid(False, axis="y")
-        axes.set_xlabel("difference")
         axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(3))
         axes.set_yticks(range(len(order)), [])
         axes.set_ylim(len(order) - 0.5, -0.5)
@@ -200,13 +228,15 @@ def comparisons(tables: Tables, metric: str | None = None) -> Figure:
             range(len(order)),
             [f"{style.scaling_label(s)}, {style.target_label(t)}" for s, t in order],
         )
-    side = "left" if rows["better"].iloc[0] == "lower" else "right"
-    headline(
-        fig,
-        f"{style.metric_label(metric)}: paired difference to no scaling, DSM "
-        f"({side} of zero is better)",
-    )
+    words = "Paired difference to no scaling, DSM"
+    if len(parts) == 1:
+        words = f"{parts[0].label}: {words[0].lower()}{words[1:]} ({_side(parts[0])})"
+    headline(fig, words)
     return fig
+
+
+def _side(part: Part) -> str:
+    return f"{'left' if part.lower else 'right'} of zero is better"
 
 
 def _draw_differences(axes: Any, rows: pd.DataFrame, order: list, colours: dict[str, str]) -> None:

@@ -14,39 +14,41 @@ from study.analysis.figures.base import (
     drawn,
     made_of,
     panel_grid,
+    parts_of,
     probe_rows,
     text_figure,
     thousands,
 )
+from study.analysis.tables.axes import without_dataset
 from study.analysis.tables.read import Tables
 
 
 @drawn("cost")
 def cost(tables: Tables, metric: str | None = None) -> Figure:
     """Quality against training time, parameters and speed of generation."""
-    metric = metric or tables.leading_metric()
-    summary = tables.summary[tables.summary["metric"] == (metric or "")]
-    panels = [
+    quantities = [
         ("parameters", "parameters"),
         ("train_seconds", "training time (s)"),
         ("generate_images_per_second", "images generated per second"),
     ]
     done = tables.cost[tables.cost["status"] == "done"]
-    means = done.groupby("arm")[[column for column, _ in panels]].mean().reset_index()
-    arms = summary.merge(means, on="arm")
-    arms = arms[arms["mean"].notna()]
-    if arms.empty:
+    means = done.groupby("arm")[[column for column, _ in quantities]].mean().reset_index()
+    shown = []
+    for part in parts_of(tables, metric):
+        rows = part.tables.summary
+        rows = rows[(rows["metric"] == part.metric) & rows["mean"].notna()].merge(means, on="arm")
+        shown += [(part, rows)] if len(rows) else []
+    if not shown:
         return text_figure(
             "Cost", "No arm has both a measured cost and a quality.", made_of(tables)
         )
-    lower = bool((arms["better"] == "lower").all())
     devices = sorted(set(done["device"]) - {""})
-    fig = style.figure(height=2.75)
+    fig = style.figure(height=0.6 + 2.15 * len(shown))
     style.footer(
         fig,
         made_of(
             tables,
-            metric,
+            [part for part, _ in shown],
             "Mean per arm over its finished seeds, with the 95 % bootstrap interval of the metric "
             "(n > 1). Times were measured on "
             + (", ".join(devices) or "an unknown device")
@@ -55,16 +57,24 @@ def cost(tables: Tables, metric: str | None = None) -> Figure:
         ),
     )
     colours = style.scaling_colours(tables.runs["skip_scaling"])
-    families = tables.runs.drop_duplicates("line").set_index("line")["family"].to_dict()
+    runs = without_dataset(tables.runs)
+    families = runs.drop_duplicates("line").set_index("line")["family"].to_dict()
+    lines = runs.drop_duplicates("arm").set_index("arm")["line"]
     marks = style.markers(families, families)
-    axes_list = panel_grid(fig, len(panels), len(panels), sharey=True)
-    for axes, (column, label) in zip(axes_list, panels, strict=True):
-        known = arms[arms[column].notna()]
-        _frontier(axes, known, column, lower)
-        _cost_points(axes, known, column, colours, marks)
-        axes.set_xlabel(label)
-    side = "lower" if lower else "higher"
-    axes_list[0].set_ylabel(f"{style.metric_label(metric)}\n({side} is better)")
+    width = len(quantities)
+    panels = panel_grid(fig, width * len(shown), width, sharey="row")
+    shown = [(part, arms.assign(line=arms["arm"].map(lines))) for part, arms in shown]
+    for number, (part, arms) in enumerate(shown):
+        strip = panels[number * width : (number + 1) * width]
+        for axes, (column, label) in zip(strip, quantities, strict=True):
+            known = arms[arms[column].notna()]
+            _frontier(axes, known, column, part.lower)
+            _cost_points(axes, known, column, colours, marks)
+            axes.set_xlabel(label)
+        side = f"({'lower' if part.lower else 'higher'} is better)"
+        name = [part.name] if len(tables.by_dataset()) > 1 else []
+        strip[0].set_ylabel("\n".join([*name, part.label, side]))
+    arms = pd.concat([rows for _, rows in shown])
     _cost_legend(fig, arms, colours, marks)
     return fig
 

@@ -6,9 +6,10 @@ import pandas as pd
 
 from study.analysis import style
 from study.analysis.report.study import Study
+from study.analysis.tables.read import Tables
 from study.analysis.verdicts import long_skips, patch_diffusion, scaling_laws, stf
-from study.analysis.verdicts.base import CONVERGED
-from study.analysis.words import interval, p_text, short, signed
+from study.analysis.verdicts.base import CONVERGED, Verdict
+from study.analysis.words import enumerate_words, interval, p_text, short, signed
 
 
 def partial(study: Study) -> list[dict[str, str]]:
@@ -72,7 +73,7 @@ def outcome(study: Study) -> dict[str, Any]:
 
 def tests(study: Study) -> dict[str, int]:
     """How many arms were compared with the unscaled DSM arm, and with what verdicts."""
-    rows = study.tables.by_arm(study.tables.comparisons, study.metric, "n_pairs")
+    rows = study.by_arm("comparisons", "n_pairs")
     verdicts = rows["verdict"].value_counts()
     return {"arms": len(rows), **{word: int(n) for word, n in verdicts.items()}}
 
@@ -80,35 +81,36 @@ def tests(study: Study) -> dict[str, int]:
 def best(study: Study) -> list[dict[str, Any]]:
     """Per backbone, the arm with the best mean, and how it stands to the unscaled DSM arm.
 
-    A backbone that was measured otherwise has a row of its own: its numbers compare with none
-    above.
+    On the leading metric of each data set. A backbone that was measured otherwise has a row of its
+    own: its numbers compare with none above.
     """
-    if study.metric is None:
-        return []
-    rows = study.tables.summary
-    rows = rows[rows["mean"].notna()]
     answer = []
-    for line in style.order_lines(rows["line"]):
-        for way in study.tables.ways(study.metric):
-            here = rows[(rows["line"] == line) & (rows["metric"] == way)]
-            if here.empty:
-                continue
-            lower = here["better"].iloc[0] == "lower"
-            row = here.loc[here["mean"].idxmin() if lower else here["mean"].idxmax()]
-            answer.append(
-                {
-                    "backbone": style.line_label(line),
-                    "way": "" if way == study.metric else style.metric_label(way),
-                    "name": study.named.get(row["arm"], ""),
-                    "scaling": style.scaling_label(row["skip_scaling"]),
-                    "target": style.target_label(row["target"]),
-                    "mean": short(row["mean"]),
-                    "interval": interval(row["ci_low"], row["ci_high"], row["mean"]),
-                    "n": row["n"],
-                    **_against_unscaled(study, row),
-                }
-            )
+    for part, metric in study.parts:
+        rows = part.summary[part.summary["mean"].notna()]
+        for line in style.order_lines(rows["line"]):
+            for way in part.ways(metric):
+                here = rows[(rows["line"] == line) & (rows["metric"] == way)]
+                if here.empty:
+                    continue
+                lower = here["better"].iloc[0] == "lower"
+                row = here.loc[here["mean"].idxmin() if lower else here["mean"].idxmax()]
+                otherwise = "" if way == metric else style.metric_label(way)
+                answer.append({"way": otherwise, **_best_row(study, row)})
     return answer
+
+
+def _best_row(study: Study, row: pd.Series) -> dict[str, Any]:
+    """A row of the summary in words."""
+    return {
+        "backbone": style.line_label(row["line"]),
+        "name": study.named.get(row["arm"], ""),
+        "scaling": style.scaling_label(row["skip_scaling"]),
+        "target": style.target_label(row["target"]),
+        "mean": short(row["mean"]),
+        "interval": interval(row["ci_low"], row["ci_high"], row["mean"]),
+        "n": row["n"],
+        **_against_unscaled(study, row),
+    }
 
 
 def _against_unscaled(study: Study, row: pd.Series) -> dict[str, str]:
@@ -137,22 +139,39 @@ def _against_unscaled(study: Study, row: pd.Series) -> dict[str, str]:
 
 def doubts(study: Study) -> dict[str, Any]:
     """What these numbers cannot say: the number behind each caveat, 0 where it does not hold."""
-    tables, metric = study.tables, study.metric
-    wrong = tables.qc[tables.qc["severity"] == "error"]
+    wrong = study.tables.qc[study.tables.qc["severity"] == "error"]
     seeds = study.runs.groupby("arm")["run"].count().max()
-    rows = tables.by_arm(tables.comparisons, metric, "n_pairs")
-    detectable = rows["detectable_difference"].median()
     seen = study.runs.loc[study.runs["images_seen"] > 0, "images_seen"].max()
-    images = int(tables.identity(metric).get("images") or 0) if metric else 0
+    images = {int(part.identity(metric).get("images") or 0) for part, metric in study.parts}
+    few = sorted(number for number in images if 0 < number < 50_000)
     return {
         "errors": len(wrong),
         "checks": ", ".join(sorted(set(wrong["check"]))),
         "seeds": 0 if pd.isna(seeds) else int(seeds),
-        "detectable": "" if pd.isna(detectable) else short(detectable),
+        "detectable": enumerate_words(study.by_dataset(_detectable)),
         "seen": int(seen) if pd.notna(seen) and seen < CONVERGED else 0,
-        "not_fid": bool(metric) and not metric.startswith("fid"),
-        "images": images if images < 50_000 else 0,
+        "not_fid": enumerate_words(study.by_dataset(_not_fid)),
+        "images": " or ".join(map(str, few)),
     }
+
+
+def _detectable(part: Tables, metric: str) -> str:
+    """The difference that a typical test of the metric would have seen."""
+    rows = part.by_arm(part.comparisons, metric, "n_pairs")
+    median = rows["detectable_difference"].median()
+    return "" if pd.isna(median) else short(median)
+
+
+def _not_fid(part: Tables, metric: str) -> str:
+    return "" if metric.startswith("fid") else style.metric_label(metric)
+
+
+def _stable_quality(tables: Tables) -> list[Verdict]:
+    """The first verdict on each data set: over all backbones, where there are several."""
+    first: dict[str, Verdict] = {}
+    for about, found in stf.stable_quality(tables):
+        first.setdefault(about.get("data set", ""), found)
+    return list(first.values())
 
 
 def verdicts(study: Study) -> dict[str, list[dict[str, str]]]:
@@ -162,7 +181,7 @@ def verdicts(study: Study) -> dict[str, list[dict[str, str]]]:
         "comparisons": long_skips.long_skips(tables),
         "theory": [*scaling_laws.laws(tables), *scaling_laws.rank_summary(tables)],
         "targets": [
-            *(one for about, one in stf.stable_quality(tables)[:1]),
+            *_stable_quality(tables),
             *stf.target_variance(tables),
             *patch_diffusion.blur(tables),
         ],

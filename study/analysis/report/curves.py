@@ -33,7 +33,7 @@ def blocks(study: Study) -> dict[str, dict[str, object]]:
 
 def _about(setting: Setting, several: bool) -> str:
     side = "lower" if setting.lower else "higher"
-    where = f"{setting.label}, " if several else ""
+    where = f"{setting.label}, " if several or setting.label != setting.protocol else ""
     return f"By mean {style.metric_label(setting.metric)} ({where}{side} is better)"
 
 

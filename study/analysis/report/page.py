@@ -15,6 +15,7 @@ from study.analysis.report.study import Study
 from study.analysis.tables.read import Tables
 from study.analysis.verdicts.stability import stability_answer
 from study.analysis.verdicts.stf import label_bias
+from study.analysis.words import dataset_notes
 from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
@@ -52,9 +53,9 @@ def context(study: Study) -> dict[str, Any]:
     return {
         "study": name,
         "title": study.config.get("title") or f"Study {name}",
-        "notes": sorted(set(study.runs["dataset_note"]) - {""}),
+        "notes": dataset_notes(study.runs),
         "total": len(study.runs),
-        "metric_label": style.metric_label(study.metric) if study.metric else "",
+        "metric_label": study.metric_label,
         "metrics": [
             {
                 "name": metric,

@@ -17,7 +17,7 @@ def summary(study: Study) -> list[dict[str, Any]]:
     if summary.empty:
         return []
     by_arm = {arm: rows.set_index("metric") for arm, rows in summary.groupby("arm")}
-    own = study.tables.by_arm(summary, study.metric, "n").set_index("arm")
+    own = study.by_arm("summary", "n").set_index("arm")
     answer = []
     for row in study.arms:
         rows = by_arm.get(row["arm"])

@@ -1,6 +1,6 @@
 """What every part of the page is made from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -9,6 +9,7 @@ import pandas as pd
 
 from study.analysis import style
 from study.analysis.tables.read import Tables
+from study.analysis.words import enumerate_words
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,35 @@ class Study:
     @property
     def metric(self) -> str | None:
         return self.metrics[0] if self.metrics else None
+
+    @cached_property
+    def parts(self) -> list[tuple[Tables, str]]:
+        """The tables of every data set, with its leading metric."""
+        parts = self.tables.by_dataset().values()
+        return [(part, metric) for part in parts if (metric := part.leading_metric())]
+
+    @property
+    def metric_label(self) -> str:
+        """The leading metric in words; of several data sets each, with the data set."""
+        return enumerate_words(self.by_dataset(lambda part, metric: style.metric_label(metric)))
+
+    def by_dataset(self, say: Callable[[Tables, str], str]) -> list[str]:
+        """What ``say`` says of each part that has numbers, with the data set if there are several.
+
+        Empty texts are left out.
+        """
+        several = len(self.parts) > 1
+        said = [
+            (part.runs["dataset"].iloc[0], say(part, metric))
+            for part, metric in self.parts
+            if part.metrics["value"].notna().any()
+        ]
+        return [f"{text} on {name}" if several else text for name, text in said if text]
+
+    def by_arm(self, table: str, column: str) -> pd.DataFrame:
+        """One row of a table for each arm, on the leading metric of its data set."""
+        rows = [part.by_arm(getattr(part, table), metric, column) for part, metric in self.parts]
+        return pd.concat(rows) if rows else getattr(self.tables, table)[:0]
 
     @cached_property
     def skipless(self) -> set[str]:

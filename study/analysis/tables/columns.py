@@ -25,14 +25,14 @@ COLUMNS = {
         {arm} baseline metric identity better n_pairs n_diverged_pairs mean_difference ci_low
         ci_high p_value p_holm tests_in_family detectable_difference verdict note"""),
     "measurements": _names("""
-        run {arm} seed status protocol measurement step last best images_seen weights sampler
-        sampler_steps nfe guidance_kind guidance_scale labels sampling_seed images extractor metric
-        base value spread identity note"""),
+        run {arm} dataset seed status protocol measurement step last best images_seen weights
+        sampler sampler_steps nfe guidance_kind guidance_scale labels sampling_seed images extractor
+        metric base value spread identity note"""),
     "curves": _names("""
-        {arm} protocol step last best images_seen weights sampler sampler_steps nfe guidance_kind
-        guidance_scale labels images extractor metric base identity better kappa reference_batch
-        macs parameters sampling_seeds n mean ci_low ci_high n_runs n_diverged n_missing
-        n_not_measured n_otherwise"""),
+        {arm} dataset protocol step last best images_seen weights sampler sampler_steps nfe
+        guidance_kind guidance_scale labels images extractor metric base identity better kappa
+        reference_batch macs parameters sampling_seeds n mean ci_low ci_high n_runs n_diverged
+        n_missing n_not_measured n_otherwise"""),
     "cost": _names("""
         run {arm} seed status device parameters skips steps images_seen nfe train_seconds
         train_images_per_second median_step_seconds train_peak_memory_mib generated_images

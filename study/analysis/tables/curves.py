@@ -55,7 +55,7 @@ def _curve_row(
     values = [float(np.mean([row["value"] for row in own])) for own, state in pairs if state == ""]
     low, high = statistics.bootstrap_interval(values)
     return {
-        **{key: rows[0][key] for key in (*ARM, "protocol", "extractor", "base", "cell")},
+        **{key: rows[0][key] for key in (*ARM, "dataset", "protocol", "extractor", "base", "cell")},
         **{key: _known(rows, key) for key in COLUMNS_OF_CELL},
         **axes[rows[0]["run"]],
         "metric": metric,

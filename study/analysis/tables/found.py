@@ -175,9 +175,14 @@ class Found:
         return str(self.axes.get(name, ""))
 
     @property
+    def dataset(self) -> str:
+        """The name of its data set, which no other data set of the study has."""
+        return str((self.spec.get("dataset") or {}).get("name", ""))
+
+    @property
     def axes_key(self) -> tuple[str, ...]:
-        """The axes that people see; arms that share them differ in some other setting."""
-        return tuple(self.axis(axis) for axis in [*AXES, "training"])
+        """What people see; arms that share it differ in some other setting."""
+        return self.dataset, *(self.axis(axis) for axis in [*AXES, "training"])
 
     @property
     def status(self) -> str:
@@ -207,10 +212,11 @@ def without(spec: Mapping[str, Any], *sections: str) -> str:
 def labels(found: list[Found]) -> dict[str, dict[str, str]]:
     """The words for each run's arm.
 
-    ``arm`` names everything but the seeds. Where the axes do not tell two arms apart, ``variant``
-    holds the settings in which they differ. ``line`` is the row of an arm in a picture: its
-    backbone, and its formulation and variant where the backbone has several. ``display`` is the
-    arm's name for people, with the same settings behind it where other arms share that name.
+    ``arm`` names everything but the seeds. ``variant`` holds the data set where the study has
+    several, and where the axes do not tell two arms apart the settings in which they differ.
+    ``line`` is the row of an arm in a picture: its backbone, and its formulation and variant where
+    the backbone has several. ``display`` is the arm's name for people, with the same settings
+    behind it where other arms share that name.
     """
     formulations = defaultdict(set)
     by_axes = defaultdict(dict)
@@ -220,11 +226,13 @@ def labels(found: list[Found]) -> dict[str, dict[str, str]]:
             {key: value for key, value in one.spec.items() if key != "seeds"}
         )
     several = len({formulation for group in formulations.values() for formulation in group}) > 1
+    datasets = len({one.dataset for one in found}) > 1
     answer = {}
     for one in found:
         axes = {axis: one.axis(axis) for axis in AXES}
         group = by_axes[one.axes_key]
-        extra = [one.axis("training")] if one.axis("training") else []
+        extra = [one.dataset] if datasets else []
+        extra += [one.axis("training")] if one.axis("training") else []
         if len(group) > 1:
             keys = sorted({key for settings in group.values() for key in settings})
             unlike = [k for k in keys if len({repr(s.get(k)) for s in group.values()}) > 1]
@@ -237,6 +245,7 @@ def labels(found: list[Found]) -> dict[str, dict[str, str]]:
         tail = [variant] if variant else []
         answer[one.run] = {
             **axes,
+            "dataset": one.dataset,
             "arm": " / ".join(arm + tail),
             "variant": variant,
             "line": " / ".join(line + tail),

@@ -90,6 +90,10 @@ class Tables:
         }
         return replace(self, **changed)
 
+    def by_dataset(self) -> dict[str, "Tables"]:
+        """The tables of each data set by its name: numbers of unlike ones never compare."""
+        return {name: self.only(dataset=name) for name in sorted(set(self.runs["dataset"]))}
+
     def probe(self, kind: str) -> pd.DataFrame:
         """The rows of a probe, with the words of their runs; empty where it was not made.
 

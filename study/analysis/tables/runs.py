@@ -45,7 +45,6 @@ def run_row(one: Found, label: dict[str, str], config: Mapping[str, Any]) -> dic
         "noise_seed": one.seeds.get("noise"),
         "conditional": str(bool((one.spec.get("training") or {}).get("conditional"))).lower(),
         "precision": (one.spec.get("training") or {}).get("precision", ""),
-        "dataset": (one.spec.get("dataset") or {}).get("name", ""),
         "dataset_note": dataset_note(config, one.spec),
         "status": one.status,
         "step": train.get("step", one.progress.get("step")),

@@ -22,20 +22,22 @@ from study.analysis.verdicts.base import (
 def long_skips(tables: Tables) -> list[Verdict]:
     """Whether a backbone is better with long skips than its twin with ``skip: false``.
 
-    On the unscaled DSM arms, with Holm's correction over the backbones that have such a twin.
+    On the unscaled DSM arms, by the leading metric of each data set, with Holm's correction over
+    all backbones that have such a twin.
     """
-    metric = tables.leading_metric()
-    plain = tables.only(skip_scaling="none", target_kind="dsm")
-    lines = style.order_lines(plain.runs["line"])
     answers = []
-    for line in lines:
-        twin = without_option(line, "skip=False")
-        if metric is None or twin == line or twin not in lines:
-            continue
-        both = pairs(plain, metric_values(plain), "line", twin, line)
-        claim = f"{style.line_label(twin)} has a better {metric} with long skips than without"
-        found = verdict(both["difference"], claim, positive=better(metric) == "higher")
-        answers.append(({"backbone": twin}, found))
+    unscaled = tables.only(skip_scaling="none", target_kind="dsm")
+    for plain in unscaled.by_dataset().values():
+        metric = plain.leading_metric()
+        lines = style.order_lines(plain.runs["line"])
+        for line in lines:
+            twin = without_option(line, "skip=False")
+            if metric is None or twin == line or twin not in lines:
+                continue
+            both = pairs(plain, metric_values(plain, metric), "line", twin, line)
+            claim = f"{style.line_label(twin)} has a better {metric} with long skips than without"
+            found = verdict(both["difference"], claim, positive=better(metric) == "higher")
+            answers.append(({"backbone": twin}, found))
     return [found for _, found in jointly(answers)]
 
 

@@ -73,8 +73,8 @@ def _references(tables: Tables) -> Iterator[tuple[str, Tables]]:
     A study with one size has no words for it, which is then empty.
     """
     runs = tables.runs
-    sizes = runs["variant"].str.extract(r"^target\.reference=(\d+)$")[0]
-    lines = runs["line"].str.replace(r" / target\.reference=\d+$", "", regex=True)
+    sizes = runs["variant"].str.extract(r"(?:^|, )target\.reference=(\d+)$")[0]
+    lines = runs["line"].str.replace(r"(?: / |, )target\.reference=\d+$", "", regex=True)
     for size in sorted(sizes.dropna().unique(), key=int) or [""]:
         kept = sizes.eq(size) | runs["target_kind"].ne("stf") if size else sizes.isna()
         yield size, replace(tables, runs=runs.assign(line=lines)[kept])
@@ -99,12 +99,17 @@ def _against_dsm(
 
 
 def stable_quality(tables: Tables) -> list[tuple[dict[str, str], Verdict]]:
-    """:func:`stable_targets` on the leading metric."""
-    metric = tables.leading_metric()
-    if metric is None:
-        return []
-    claim, up = f"STF gives a better {metric}", better(metric) == "higher"
-    return list(stable_targets(tables, metric_values(tables), "difference", claim, up))
+    """:func:`stable_targets` on the leading metric of each data set."""
+    parts, answer = tables.by_dataset(), []
+    for name, part in parts.items():
+        metric = part.leading_metric()
+        if metric is not None:
+            where = {"data set": name} if len(parts) > 1 else {}
+            claim = " on ".join([f"STF gives a better {metric}", *where.values()])
+            up = better(metric) == "higher"
+            found = stable_targets(part, metric_values(part), "difference", claim, up)
+            answer += [({**where, **about}, one) for about, one in found]
+    return answer
 
 
 def label_bias(tables: Tables) -> str | None:
