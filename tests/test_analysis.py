@@ -191,6 +191,41 @@ def test_missing_and_broken_files_are_named_and_stop_nothing(tmp_path):
     assert (status[names[2]], status[names[3]]) == ("missing", "running")
 
 
+def test_results_of_unlike_code_are_named(tmp_path):
+    """After a change of the code and `--config only=...` a part of a study is of other code."""
+    manifest = small(tmp_path, backbones=("uvit", "udit"), scalings=("none", "cs(0.7)", "ls"))
+    paths, digests = {}, {"uvit": "aa", "udit": "bb"}
+    for number, entry in enumerate(json.loads(manifest.read_text())["runs"]):
+        axes = entry["axes"]
+        # Learned scalings and stable targets need code that others do not.
+        code = digests[axes["backbone"]] + axes["skip_scaling"][:2].replace("cs", "no")
+        folder = run_folder(manifest, number)
+        status = {"code": f"{code}{axes['target']}", "data_sha256": "d1"}
+        edit(folder / "train" / "status.json", lambda c, new=status: c.update(new))
+        for place in (folder / "measurements").iterdir():
+            edit(place / "generate.json", lambda c, new=code: c.update(code=f"{new}-g"))
+            edit(place / "digits.json", lambda c: c.update(code="ee"))
+        paths.setdefault((axes["backbone"], axes["skip_scaling"], axes["target"]), folder)
+    versions = "several versions of the "
+    found = gather(manifest).qc
+    assert not found["check"].str.startswith(versions).any()
+    folder = paths["uvit", "cs(0.7)", "stf"]
+    edit(folder / "train" / "status.json", lambda c: c.update(code="new", data_sha256="d2"))
+    main = folder_of(manifest).name
+    edit(folder / "measurements" / main / "generate.json", lambda c: c.update(code="new-g"))
+    edit(folder / "measurements" / main / "digits.json", lambda c: c.update(code="new-e"))
+    rows = gather(manifest).qc
+    rows = rows[rows["check"].str.startswith(versions)]
+    assert set(rows["severity"]) == {"warning"} and set(rows["run"]) == {""}
+    found = {row.check.removeprefix(versions): row.detail for row in rows.itertuples()}
+    assert found == {
+        "training code": "uvit, edm, fixed scaling, stable target: 3 of aanostf, 1 of new",
+        "generating code": "uvit, edm, fixed scaling, edm_heun: 39 of aano-g, 1 of new-g",
+        "evaluating code": "metrics: 119 of ee, 1 of new-e",
+        "data set": "digits: 23 of d1, 1 of d2",
+    }
+
+
 def test_a_study_without_any_result_still_has_its_tables_and_report(tmp_path):
     manifest = small(tmp_path)
     for entry in json.loads(manifest.read_text())["runs"]:

@@ -1,8 +1,8 @@
 """What looks wrong, missing or mixed? Rows of ``qc.csv``."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from study.analysis.names import NOT_ASKED, NOT_MEASURED, OTHERWISE
@@ -12,6 +12,7 @@ from study.analysis.tables.measures import spacings
 from study.files import UserError, canonical_json
 from study.spec.metrics import NUMBERS
 from study.spec.run import Spec
+from study.spec.scalings import SCALINGS
 
 
 def quality_checks(
@@ -22,6 +23,7 @@ def quality_checks(
         *_identical_weights(found),
         *_metric_checks(metrics),
         *_mixtures(runs),
+        *_versions(found),
         *_log_spacings(oscillation),
     ]
 
@@ -104,6 +106,51 @@ def _mixtures(runs: list[dict]) -> Iterator[dict]:
     if changed:
         detail = f"{changed} runs were made from a source tree with uncommitted changes"
         yield problem("note", "uncommitted changes", "", detail)
+
+
+def _versions(found: list[Found]) -> Iterator[dict]:
+    """Results of one kind that unlike code made, as after making a part of a study anew.
+
+    Code is known by its digest, which differs without any change where runs need other modules:
+    trainings are compared with those of equal networks, formulations and kinds of target, samples
+    with those of equal networks, formulations and samplers, and all evaluations with each other.
+    """
+    counts: dict[str, dict[str, Counter]] = {
+        f"several versions of the {what}": defaultdict(Counter)
+        for what in ("training code", "generating code", "evaluating code", "data set")
+    }
+    training, generating, evaluating, data = counts.values()
+    for one in found:
+        network, target = _code_of(one.spec), (one.spec.get("target") or {}).get("kind")
+        stable = "stable target" if target == "stf" else "plain target"
+        training[f"{network}, {stable}"][one.train.get("code")] += 1
+        data[one.dataset][one.train.get("data_sha256")] += 1
+        for each in one.measurements:
+            sampler = each.cell["sampler"].get("kind")
+            generating[f"{network}, {sampler}"][each.generate.get("code")] += 1
+            evaluating["metrics"].update(record.get("code") for record in each.records.values())
+    for check, kinds in counts.items():
+        details = []
+        for kind, versions in sorted(kinds.items()):
+            versions.pop(None, None)  # not there yet, or made by hand
+            words = [f"{n} of {version[:16]}" for version, n in sorted(versions.items())]
+            details += [f"{kind}: {', '.join(words)}"] if len(words) > 1 else []
+        if details:
+            yield problem("warning", check, "", "; ".join(details))
+
+
+def _code_of(spec: Mapping[str, Any]) -> str:
+    """What decides, besides target and sampler, which code a run needs."""
+    method = (spec.get("skip_scaling") or {}).get("method", "")
+    row = SCALINGS.get(method)
+    gates = "shared gates" if row and row.shared else "gates"
+    words = [
+        str((spec.get("backbone") or {}).get("family", "")),
+        str((spec.get("formulation") or {}).get("kind", "")),
+        (gates if row.learned else "fixed scaling") if row else method,
+        "imported" if spec.get("checkpoint") else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 def _identical_weights(found: list[Found]) -> list[dict]:
