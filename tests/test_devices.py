@@ -187,7 +187,7 @@ def test_a_job_leaves_at_once_while_another_one_lives_and_not_when_it_is_dead(
     assert list(state.iterdir()) == []
 
 
-def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
+def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path):
     """The lock comes first: with the only device taken, the job leaves all the same."""
     program = (
         "from study.ledger import devices; devices.PATIENCE = 0.2; "
@@ -199,7 +199,8 @@ def test_a_busy_run_costs_no_device_and_says_so_in_one_line(tmp_path, holder):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
     slots = temporary / f"longskip-gpus-{os.getuid()}"
-    with devices.acquire(1, slots, devices=["5"]):
+    held = devices.alone(tmp_path / "state/measurements", "m.lock")
+    with held, devices.acquire(1, slots, devices=["5"]):
         done = subprocess.run(
             [sys.executable, "-c", program, *arguments],
             cwd=Path(devices.__file__).parents[1],

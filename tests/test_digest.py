@@ -187,8 +187,6 @@ from study.spec.run import Identity
 from study.spec.samplers import SAMPLERS
 from study.spec.study import load
 
-ROOT = Path(__file__).resolve().parents[1]
-
 specs = [run.spec for run in arms.runs(load("config.yaml")).values()]
 print([digest.stage(verb) for verb in digest._verbs() if verb != "parity"])
 print([digest.training(spec) for spec in specs])

@@ -21,7 +21,7 @@ from study.data import Archive
 from study.data.convert import convert
 from study.fidelity.evaluate import POSSIBLE, Score, _possible, evaluate
 from study.fidelity.reference import make_reference
-from study.files import UserError, read_json, write_json
+from study.files import UserError, read_json, sha256, write_json
 from study.ledger.status import state_of
 from study.pictures import crossed, in_order
 from study.probes.base import probe
@@ -75,6 +75,9 @@ def study(tmp_path_factory) -> dict:
             change(folder / "train", "label_emb.weight", CLASS, 1e30)
         if run.axes["skip_scaling"] == BROKEN:
             change(folder / "train", "pos_embed", (0, 0, 0), math.nan)
+        status = folder / "train/status.json"
+        sound = {"weights_sha256": sha256(folder / "train/weights.safetensors")}
+        write_json(status, read_json(status) | sound)
         (one,) = run.measurements
         generate(folder, one.cell, data, folder / FOLDER, batch=16)
         asked = {"extractor": "pixels", "metrics": ["fd", "prc"]}

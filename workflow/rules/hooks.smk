@@ -190,7 +190,9 @@ class StudyScheduler(JobScheduler):
     def _handle_error(self, job, *arguments, **options):
         for one in self.watched.keys() & members(job):
             self.watched[one].submitted = False
-        further = [str(run) for run in resumable(job) if progress.kept(run) != self.kept[run]]
+        further = [
+            run_of(work) for work in resumable(job) if progress.kept(work) != self.kept[work]
+        ]
         if stop_asked():
             job.attempt = job.restart_times + 1  # its last
         elif occupied(job):

@@ -24,6 +24,11 @@ def work(job):
     return state if job.rule.name == "train" else state / "measurements" / job.wildcards.measurement
 
 
+def run_of(folder):
+    """The run in whose folder something lies."""
+    return folder.relative_to(Path(RESULTS, "runs")).parts[0]
+
+
 def resumable(job):
     """The folders in which work is kept when the job is stopped."""
     return sorted(filter(None, map(work, members(job))))
