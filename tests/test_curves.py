@@ -653,3 +653,13 @@ def test_samples_that_were_dropped_are_shown_from_their_grid(tmp_path):
     assert (shown[:, ::factor, ::factor] == kept[:9]).all()
     (tmp_path / "grid.png").unlink()
     assert len(_first_samples(tmp_path)) == 0
+
+
+def test_an_arm_without_a_second_value_is_not_on_an_axis_of_arms(tables):
+    kappa = OVER["kappa"]
+    targets = {target for one in settings(tables.curves, kappa) for target in one.rows["target"]}
+    assert len(targets) == 2
+    stable = tables.curves["target"] != "dsm"
+    scaled = tables.curves["skip_scaling"].str.startswith("cs")
+    alone = tables.curves[~(stable & scaled)]  # the stable target at kappa 1 only
+    assert {target for one in settings(alone, kappa) for target in one.rows["target"]} == {"dsm"}

@@ -168,7 +168,7 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
             for (_, target), own in rows.groupby(["series", "target"]):
                 _draw_line(axes, own, target, colours, name)
                 crosses |= name == "training" and _draw_cross(axes, own)
-            _scale(axes, setting.rows, name)
+            _scale(axes, rows, name)
             axes.set_xlabel(setting.axis.label)
             axes.tick_params(labelbottom=True)
         for axes in first[number]:

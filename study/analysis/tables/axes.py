@@ -170,10 +170,15 @@ def _placed(rows: pd.DataFrame, axis: Axis) -> pd.DataFrame:
 def _moving(rows: pd.DataFrame, axis: Axis) -> pd.DataFrame:
     """The rows of those lines that have a series with two values.
 
-    Costs are compared across lines: the rows of all that have a number, or none.
+    Along a property of arms, of those series alone. Costs are compared across lines: the rows of
+    all that have a number, or none.
     """
     known = rows[rows["n"] > 0]
     if axis.column == "macs":
         return rows[rows["line"].isin(known["line"])] if known["x"].nunique() > 1 else rows[:0]
-    counts = known.groupby(["line", "target", "series"])["x"].nunique()
-    return rows[rows["line"].isin(counts[counts > 1].reset_index()["line"])]
+    series = ["line", "target", "series"]
+    counts = known.groupby(series)["x"].nunique()
+    moving = counts[counts > 1].index
+    if axis.arms:
+        return rows[pd.MultiIndex.from_frame(rows[series]).isin(moving)]
+    return rows[rows["line"].isin(moving.get_level_values("line"))]
