@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
@@ -32,7 +31,6 @@ from study.files import (
 )
 from study.network import arithmetic, build_network
 from study.pictures import in_order, tile
-from study.processes import own_environment
 from study.provenance import Stopwatch, provenance
 from study.sampling.decoder import LatentDecoder, load_decoder
 from study.spec.guidance import guidance_options, nfe
@@ -266,8 +264,7 @@ def generate(
     if status["status"] == "diverged" and (at == "final" or step > status["step"]):
         word = f"diverged at step {status['step']}"
         return _skip(out, archive, facts, word, f"training {word}: {status['reason']}")
-    with own_environment():
-        device = Accelerator(cpu=not torch.cuda.is_available() or None).device
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     check_attention(spec.training.attention, device)
     decode = _decoder(measurement.decoder, decoder, archive)
     if decode is not None:
