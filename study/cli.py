@@ -104,13 +104,6 @@ def _alone_with(out: Path) -> Any:
     return _alone(out.parent, f".{out.name}.lock")
 
 
-def _set_threads(threads: int | None) -> None:
-    """Threads of the numerical libraries; to be called before they are imported."""
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-        if threads:
-            os.environ[name] = str(threads)
-
-
 @app.command(rich_help_panel=STAGES)
 def convert(
     spec: Spec,
@@ -143,7 +136,7 @@ def extractor(
     threads: Threads = None,
 ) -> None:
     """Train the small classifier whose features judge samples."""
-    _set_threads(threads)
+    processing.set_threads(threads)
     from study.fidelity.classifier import train_classifier
 
     train_classifier(data, out, seed=seed)
@@ -159,7 +152,7 @@ def reference(
     gpus: Gpus = None,
 ) -> None:
     """Compute features and statistics of a data set, once per extractor."""
-    _set_threads(threads)
+    processing.set_threads(threads)
     from study.fidelity.reference import make_reference
 
     with _device(gpus):
@@ -209,7 +202,7 @@ def train(
     if problem:
         raise UserError(problem)
     each = max(1, threads // processes) if threads else None
-    _set_threads(each)
+    processing.set_threads(each)
     with _alone(state), _device(gpus):
         if processes > 1 and processing.place() is None:
             command = [sys.executable, "-m", "study", *sys.argv[1:]]
@@ -260,7 +253,7 @@ def generate(
     gpus: Gpus = None,
 ) -> None:
     """Generate the samples of a trained run for one measurement."""
-    _set_threads(threads)
+    processing.set_threads(threads)
     from study.spec.explain import check
     from study.spec.measuring import Measurement
 
@@ -283,7 +276,7 @@ def evaluate(
     gpus: Gpus = None,
 ) -> None:
     """Measure samples against the data set's reference."""
-    _set_threads(threads)
+    processing.set_threads(threads)
     from study.fidelity.evaluate import evaluate as run
 
     settings = _json(protocol, "--protocol")
@@ -319,7 +312,7 @@ def probe(
     gpus: Gpus = None,
 ) -> None:
     """Measure a network or targets: norms, robustness, variance, similarity, cost."""
-    _set_threads(threads)
+    processing.set_threads(threads)
     with _alone_with(out), _device(gpus):
         from study.probes.base import probe as run
 

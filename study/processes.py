@@ -52,6 +52,16 @@ OURS = "LONGSKIP_PROCESS"
 """Set in the processes of one training: the numbers of a `Place`."""
 
 
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+"""What numerical libraries read when they are imported."""
+
+
+def set_threads(threads: int | str | None) -> None:
+    """Threads of the numerical libraries; to be called before they are imported."""
+    if threads:
+        os.environ.update(dict.fromkeys(THREADS, str(threads)))
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a process stands among those of its training.

@@ -47,6 +47,7 @@ DECLARATIONS = frozenset(
         ".processes",
         ".provenance",
         ".sources",
+        ".warm",
         ".backbones",
         ".data.sources",
         ".diffusion",

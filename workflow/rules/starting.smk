@@ -1,8 +1,10 @@
 # What happens when the study starts and when it ends.
 import hashlib
 import json
+import os
 from collections import Counter
 
+from study import warm
 from study.files import writable, write_text
 from study.ledger import plan, progress
 
@@ -84,6 +86,8 @@ onstart:
         stop_with(error)
     if workflow.nodes is not None:
         hand_to_jobs()
+    elif os.environ.get(warm.WORKFLOW) != "":  # jobs of this machine share their imports
+        os.environ[warm.WORKFLOW] = str(os.getpid())
     progress.remember(MANIFEST, arms.manifest(STUDY, RUNS))
     jobs = {job: expected(job) for job in workflow.dag.needrun_jobs() if job.output}
     take_over(workflow.scheduler, jobs)
