@@ -19,7 +19,7 @@ from study.analysis.words import dataset_notes
 from study.files import read_json, write_bytes, write_text
 
 # A vector picture stays one up to this size; a larger one goes in as pixels.
-SVG_BYTES = 230_000
+SVG_BYTES = 50_000
 
 
 def report(manifest: str | Path | Mapping[str, Any], results: str | Path, out: str | Path) -> Path:
