@@ -95,10 +95,11 @@ def loop(bench: Bench) -> None:
         for kind in ("dsm", "stf"):
             target = {"kind": kind} | ({"reference": bench.reference} if kind == "stf" else {})
             trainer = bench.trainer(bench.spec(family, target, precision="bf16"))
-            taken = seconds_of(lambda: trainer.batches(trainer.step), bench.steps)
+            taken = seconds_of(lambda: trainer.batches.make(trainer.step), bench.steps)
             bench.row("loop", family, f"{kind}: batch alone", seconds=taken, ratio=taken / bare)
             if kind == "stf":
-                stable, x = trainer.batches(0)["stable"], torch.randn(shape, device=DEVICE)
+                batch, x = trainer.batches.make(0), torch.randn(shape, device=DEVICE)
+                stable = trainer.stable(batch["images"], batch["others"])
                 one = torch.ones(len(x), device=DEVICE)
                 taken = seconds_of(lambda: stable(x, one, one), bench.steps)
                 bench.row("loop", family, "stf: target alone", seconds=taken, ratio=taken / bare)

@@ -226,6 +226,11 @@ def test_an_existing_default_never_changes_and_a_new_one_is_noted():
     )
 
 
+def test_new_defaults_join_the_known_at_any_depth():
+    known, today = {"a": {"x": 3}, "b": 1}, {"a": {"x": 1, "y": 2}, "b": 2, "c": 4}
+    assert defaults._merged(today, known) == {"a": {"x": 3, "y": 2}, "b": 1, "c": 4}
+
+
 PROGRAM = """
 import json
 from study.arms import runs

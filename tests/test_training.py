@@ -3,11 +3,14 @@
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow.parquet as parquet
 import pytest
@@ -15,6 +18,7 @@ import torch
 from miniature import base
 from safetensors.torch import load_file
 
+from study.ahead import Ahead
 from study.arms import runs
 from study.averaging import BEGUN, decay, initial_share, remark
 from study.data import Archive, order
@@ -232,11 +236,106 @@ def test_two_processes_give_the_same_numbers_as_one(tmp_path, data):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
+def test_the_next_batch_is_made_while_a_step_is_at_work():
+    made, going_on = [], threading.Event()
+
+    def make(step: int) -> dict:
+        made.append((step, threading.current_thread() is threading.main_thread()))
+        going_on.set()
+        return {"step": step}
+
+    batches = Ahead(make, 6)
+    for step in (0, 1, 2, 4, 5):
+        going_on.clear()
+        assert batches(step) == {"step": step}
+        assert step == 5 or going_on.wait(10)
+    # 3 was made in vain: nobody asked for it. After the last step there is no further one.
+    assert sorted(made) == [(0, True), (1, False), (2, False), (3, False), (4, True), (5, False)]
+
+
+@pytest.mark.parametrize("target", ["dsm", "stf(16)"])
+def test_batches_that_are_made_ahead_are_the_same(tmp_path, data, monkeypatch, target):
+    one = spec(target, flip=True)
+    run(tmp_path, data, one, "plain")
+    monkeypatch.setattr("study.training.trainer.Ahead", lambda make, _: Ahead(make, one.steps))
+    run(tmp_path, data, one, "ahead")
+    assert contents(tmp_path / "ahead/train") == contents(tmp_path / "plain/train")
+
+
+def test_what_fails_in_making_a_batch_fails_in_its_step():
+    def make(step: int) -> dict:
+        raise UserError(f"{step}: damaged")
+
+    batches = Ahead(make, 3)
+    with pytest.raises(UserError, match="0: damaged"):
+        batches(0)
+    batches = Ahead(lambda step: make(step) if step else {}, 3)
+    batches(0)
+    with pytest.raises(UserError, match="1: damaged"):
+        batches(1)
+
+
+def test_a_checkpoint_beside_the_training_is_of_the_moment_when_it_was_asked_for(tmp_path):
+    weights, columns = torch.zeros(4), {"step": [0]}
+    saver = checkpoint.Saver(tmp_path, beside=True)
+    saver.save({"spec": "x"}, {"step": 1, "model": {"w": weights}, "log": columns})
+    weights.fill_(7)
+    columns["step"].append(1)
+    saver.wait()
+    state = checkpoint.load(tmp_path, {"spec": "x"})
+    assert state["model"]["w"].tolist() == [0] * 4 and state["log"] == {"step": [0]}
+
+
+def test_a_checkpoint_that_cannot_be_written_is_not_passed_over(tmp_path, monkeypatch):
+    saver = checkpoint.Saver(tmp_path, beside=True)
+    monkeypatch.setattr(checkpoint, "save", Mock(side_effect=OSError(28, "no room")))
+    saver.save({}, {"step": 1})
+    with pytest.raises(OSError, match="no room"):
+        saver.save({}, {"step": 2})
+
+
+def test_checkpoints_that_take_long_are_few(tmp_path, data, monkeypatch):
+    saved, machine = [], {"save_every": 1e-9}
+
+    def save(self, identity, state):
+        saved.append(state["step"])
+        self.seconds = 1e-9 if len(saved) < 3 else 1e9
+
+    monkeypatch.setattr(checkpoint.Saver, "save", save)
+    run(tmp_path, data, spec(), machine=machine)
+    assert saved == [1, 2, 3, 6]  # the last one is of the end
+
+
+@pytest.mark.parametrize("family", ["uvit", "patch_unet"])
+@pytest.mark.parametrize("key", ["compile", "channels_last", "cudnn_benchmark"])
+def test_a_key_of_speed_changes_rounding_alone(tmp_path, data, family, key):
+    if key == "compile" and (shutil.which("g++") is None or family != "uvit"):
+        pytest.skip("takes a C++ compiler, and time")
+    content = base()
+    content["grid"] = {"backbone": [family], "skip_scaling": ["ls"], "target": ["dsm"]}
+    options = {"embed_dim": 16, "depth": 2, "num_heads": 2}
+    content["backbones"] = {
+        family: {"options": options} if family == "uvit" else {"preset": "tiny"}
+    }
+    content["training"] = {"steps": 4, "batch": 8, "lr": 1e-3}
+    one = next(iter(runs(load(content)).values())).spec
+    compiled = torch._dynamo.utils.counters["frames"]["ok"]
+    run(tmp_path, data, one, "plain", machine={"log_every": 3})
+    run(tmp_path, data, one, "fast", machine={key: True, "log_every": 3})
+    plain, fast = (
+        parquet.read_table(tmp_path / name / "train/dynamics.parquet").to_pandas()
+        for name in ("plain", "fast")
+    )
+    assert fast.value.to_numpy() == pytest.approx(plain.value.to_numpy(), rel=2e-3, abs=1e-6)
+    if key == "compile":
+        assert torch._dynamo.utils.counters["frames"]["ok"] > compiled
+
+
 class Recording(Archive):
     """An archive that notes which entries it was asked for."""
 
     def images(self, indices=None):
-        self.asked = [] if indices is None else list(indices)
+        self.asked = [*vars(self).get("asked", ()), [] if indices is None else list(indices)]
         return super().images(indices)
 
 
@@ -247,17 +346,20 @@ def test_a_process_draws_its_rows_of_the_batch(data, target, augment):
     one = one.changed(training={"augment": augment})
     archive, device = Recording(data), torch.device("cpu")
     whole = Batches(archive, one, device, slice(0, 8), False, 2)(3)
+    others = []
     for rows in (slice(0, 4), slice(4, 8)):
+        archive.asked = []
         part = Batches(archive, one, device, rows, False, 2)(3)
-        stable = part.pop("stable")
-        if target == "dsm":
-            assert archive.asked == order(0, 24, 8, 64)[rows].tolist()
-        else:
-            assert torch.equal(stable.reference, whole["stable"].reference)
+        assert archive.asked[0] == order(0, 24, 8, 64)[rows].tolist()
+        others.append(part.pop("others"))
+        assert len(archive.asked) == (1 if target == "dsm" else 2)
         assert part["labels"] is not None
         assert (part["augment_labels"] is not None) == bool(augment)
         for key, value in part.items():
             assert value is whole[key] is None or torch.equal(value, whole[key][rows]), key
+    if target != "dsm":
+        assert [len(one) for one in others] == [4, 4]
+        assert torch.equal(torch.cat(others), whole["others"])
 
 
 def test_divergence_is_a_result(tmp_path, data):

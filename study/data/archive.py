@@ -13,7 +13,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -426,10 +426,14 @@ class Archive:
         return out
 
     def batch(
-        self, indices: Sequence[int] | np.ndarray, draw: "torch.Tensor | np.ndarray | None" = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        draw: "torch.Tensor | np.ndarray | None" = None,
+        move: "Callable[[torch.Tensor], torch.Tensor]" = lambda stored: stored,
     ) -> "tuple[torch.Tensor, torch.Tensor | None]":
-        """What training takes: (x [B, C, H, W] float32, labels [B] int64 or ``None``), on the CPU.
+        """What training takes: (x [B, C, H, W] float32, labels [B] int64 or ``None``, on the CPU).
 
+        ``move`` puts what is stored where x is to be made, which for images is a fourth of x.
         Images are scaled from 0..255 to [-1, 1] as x / 127.5 - 1; latents are as stored. Latents
         stored as moments give mean + std * ``draw`` with ``draw`` [B, C, H, W] standard normal,
         or the mean where ``draw`` is ``None``.
@@ -437,7 +441,7 @@ class Archive:
         import torch
 
         indices = np.atleast_1d(np.asarray(indices, dtype=np.int64))
-        x = torch.from_numpy(self.images(indices))
+        x = move(torch.from_numpy(self.images(indices)))
         if not self.latents:
             x = x.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
             x = x.div_(127.5).sub_(1)

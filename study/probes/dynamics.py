@@ -120,7 +120,7 @@ def _loss_and_gradients(
         where = "" if len(parts) == 1 else f"networks.{number}"
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         rows.append(_row("loss", where, total / count, count))
-        rows.append(_row("grad_norm", where, Blocks.norm(gradients), count))
+        rows.append(_row("grad_norm", where, Blocks.norm(gradients).item(), count))
     places = {name: position for position, name in enumerate(network.blocks())}
     table = Table()
     Blocks(network).log_gradients(table, 0)

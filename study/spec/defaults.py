@@ -70,7 +70,7 @@ def changed(*sections: str) -> str:
         (name, key, canonical_json(today[name][key]))
         for name in sections
         for key, value in known.get(name, {}).items()
-        if key in today[name] and today[name][key] != value
+        if key in today[name] and _merged(today[name][key], value) != today[name][key]
     }
     return repr(sorted(found)) if found else ""
 
@@ -78,8 +78,16 @@ def changed(*sections: str) -> str:
 def add() -> None:
     """Add the defaults of new sections and keys to the file; what stands there stays."""
     known = read_json(KNOWN) if KNOWN.exists() else {}
-    merged = {name: keys | known.get(name, {}) for name, keys in now().items()}
-    write_text(KNOWN, json.dumps(known | merged, indent=1) + "\n")
+    write_text(KNOWN, json.dumps(known | _merged(now(), known), indent=1) + "\n")
+
+
+def _merged(today: Any, known: Any) -> Any:
+    """What is known, with the keys that are new today, in mappings of any depth."""
+    if not isinstance(today, dict) or not isinstance(known, dict):
+        return known
+    return {
+        key: _merged(value, known[key]) if key in known else value for key, value in today.items()
+    }
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from study.spec.training import Seeds, Training
 class Machine(Model):
     """Speed only: nothing here changes results beyond rounding, and nothing reruns.
 
-    One exception: with training.dropout, masks are drawn for each process and micro-batch, so
-    `processes` and `micro_batch` draw others. The dynamics log of several processes shows the
-    first one's share of the batch.
+    `compile`, `channels_last` and `cudnn_benchmark` change rounding. One exception: with
+    training.dropout, masks are drawn for each process and micro-batch, so `processes` and
+    `micro_batch` draw others. The dynamics log of several processes shows the first one's share of
+    the batch.
     """
 
     gpus: int = Field(0, ge=0, description="GPUs of this machine that jobs may use.")
@@ -46,9 +47,23 @@ class Machine(Model):
     log_every: int | None = Field(
         None, ge=1, description="Steps per log row; null = the power of two with 100 to 200 rows."
     )
-    save_every: float = Field(60.0, gt=0, description="Seconds between checkpoints.")
+    save_every: float = Field(
+        60.0,
+        gt=0,
+        description="Seconds between checkpoints; more where they would take over 2 percent of the "
+        "time.",
+    )
     sampling_batch: int = Field(256, ge=1, description="Images that are sampled at a time.")
     resident_mib: int = Field(4096, ge=0, description="Keep data sets up to this size in memory.")
+    compile: bool = Field(
+        False, description="Train compiled networks (torch.compile; needs a C++ compiler)."
+    )
+    channels_last: bool = Field(
+        False, description="Keep convolutions' weights in the order that tensor cores want."
+    )
+    cudnn_benchmark: bool = Field(
+        False, description="Let cuDNN try its algorithms and take the fastest."
+    )
 
 
 class BackboneEntry(Model):

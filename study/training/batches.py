@@ -1,8 +1,8 @@
 """What does a step see? Images, labels, draws and noise as functions of (seed, step, sample).
 
 Random numbers are drawn for the whole batch, so that they do not depend on how many processes
-share it; images are loaded and augmented by the process that trains on them. A reference batch has
-the training images as its first rows, so with stable targets every process needs them all.
+share it; images are loaded and augmented by the process that trains on them, and so is its part of
+a reference batch, which `Trainer` gathers.
 """
 
 from typing import Any
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from study.data import Archive, order, reference_indices
-from study.diffusion.stf import StableTarget, reference_batch
 from study.randomness import generator, seed_of
 from study.spec.run import Spec
 
 
 class Batches:
-    """The batch of any step: the rows ``share`` of it, and the whole reference.
+    """The batch of any step: the rows ``share`` of it, and of the reference images beside it.
 
     ``uniform``: whether noise levels come from uniform draws instead of normal ones.
     ``label_drops``: how many draws per image decide where the network itself drops labels.
@@ -43,74 +42,72 @@ class Batches:
 
             self.augmentation = Augmentation(self.settings.augment)
 
+    def _moved(self, values: Tensor) -> Tensor:
+        """The values on the device; from memory that it can read by itself."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
     def _load(
         self, indices: np.ndarray, rows: slice, step: int, part: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """Images and labels of these rows of the images ``indices``."""
-        draw = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Images, labels and labels of augmentation of these rows of the images ``indices``."""
+        name, draw = "flip" if part == "batch" else part, None
         if getattr(self.archive, "moments", False):
-            noise = generator(self.seeds.data, "latent", part, step)
+            noise = generator(self.seeds.data, "latent", name, step)
             shape = (len(indices), self.archive.channels, *[self.archive.resolution] * 2)
-            draw = torch.randn(shape, generator=noise)[rows]
-        images, labels = self.archive.batch(indices[rows], draw)
+            draw = self._moved(torch.randn(shape, generator=noise)[rows])
+        images, labels = self.archive.batch(indices[rows], draw, self._moved)
         if self.settings.flip:
-            flips = torch.rand(len(indices), generator=generator(self.seeds.data, part, step))
-            images = torch.where((flips[rows] < 0.5)[:, None, None, None], images.flip(3), images)
-        return images, labels
+            flips = torch.rand(len(indices), generator=generator(self.seeds.data, name, step))
+            flips = self._moved(flips[rows] < 0.5)[:, None, None, None]
+            images = torch.where(flips, images.flip(3), images)
+        if self.augmentation is None or not len(images):
+            return images, labels, None
+        seeds = [
+            seed_of(self.seeds.data, "augment", part, step, row)
+            for row in range(*rows.indices(len(indices)))
+        ]
+        images, augment_labels = self.augmentation(images, seeds)
+        return images, labels, augment_labels
 
-    def _augment(
-        self, images: Tensor, first: int, step: int, part: str
-    ) -> tuple[Tensor, Tensor | None]:
-        """Augmented images and their labels; ``first`` is the row of the first in the batch."""
-        if self.augmentation is None:
-            return images, None
-        rows = range(first, first + len(images))
-        seeds = [seed_of(self.seeds.data, "augment", part, step, row) for row in rows]
-        return self.augmentation(images.to(self.device), seeds)
-
-    def _reference(self, images: Tensor, indices: np.ndarray, step: int) -> StableTarget:
-        """The target with respect to the whole batch and the images that are added to it."""
+    def _others(self, indices: np.ndarray, step: int) -> Tensor:
+        """This process's part of the images that are added to the batch as its reference."""
         count = self.target.reference - self.batch
         rest = reference_indices(self.seeds.data, step, count, len(self.archive), exclude=indices)
-        others, _ = self._load(rest, slice(None), step, "reference")
-        others, _ = self._augment(others, 0, step, "reference")
-        return StableTarget(reference_batch(images, others).to(self.device))
+        size = self.share.stop - self.share.start
+        rank, processes = self.share.start // size, self.batch // size
+        each = -(-count // processes)
+        return self._load(rest, slice(rank * each, (rank + 1) * each), step, "reference")[0]
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Images, labels, draws and noise of the process's share, and the whole reference."""
+        """Images, labels, draws and noise of the process's share, on the device.
+
+        ``others``: its part of the reference that belongs to a stable target, beside the batch.
+        """
         indices = order(self.seeds.data, step * self.batch, self.batch, len(self.archive))
-        own, stable = self.share, None
-        loaded = slice(0, self.batch) if self.target.kind == "stf" else own
-        images, labels = self._load(indices, loaded, step, "flip")
-        images, augment_labels = self._augment(images, loaded.start, step, "batch")
-        if self.target.kind == "stf":
-            stable = self._reference(images, indices, step)
-            images, labels, augment_labels = (
-                None if value is None else value[own] for value in (images, labels, augment_labels)
-            )
+        own = self.share
+        images, labels, augment_labels = self._load(indices, own, step, "batch")
         shape = (self.batch, *images.shape[1:])
         levels = generator(self.seeds.noise, "level", step)
-        found = {
+        draws = (torch.rand if self.uniform else torch.randn)(self.batch, generator=levels)
+        noise = torch.randn(shape, generator=generator(self.seeds.noise, "noise", step))
+        found: dict[str, Any] = {
             "images": images,
             "labels": None,
             "augment_labels": augment_labels,
-            "draws": (torch.rand if self.uniform else torch.randn)(self.batch, generator=levels)[
-                own
-            ],
-            "noise": torch.randn(shape, generator=generator(self.seeds.noise, "noise", step))[own],
+            "draws": self._moved(draws[own]),
+            "noise": self._moved(noise[own]),
             "label_drops": None,
+            "others": self._others(indices, step) if self.target.kind == "stf" else None,
         }
         if self.settings.conditional:
-            found["labels"] = self._dropped(labels, step)
+            found["labels"] = self._moved(self._dropped(labels, step))
             if self.label_drops:
                 drops = generator(self.seeds.noise, "label drops", step)
                 drawn = torch.rand(self.batch, self.label_drops, generator=drops)
-                found["label_drops"] = drawn[own]
-        moved = {
-            key: None if value is None else value.to(self.device, non_blocking=True)
-            for key, value in found.items()
-        }
-        return {**moved, "stable": stable}
+                found["label_drops"] = self._moved(drawn[own])
+        return found
 
     def _dropped(self, labels: Tensor, step: int) -> Tensor:
         """The share's labels, some of them replaced by the null label."""

@@ -4,6 +4,8 @@ Its ``identity`` (spec, lineage, code, data) says whose it is.
 """
 
 import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,45 @@ def save(folder: Path, identity: dict[str, Any], state: dict[str, Any]) -> None:
         torch.save({"identity": canonical_json(identity), **state}, temporary)
     lineage = {key: value for key, value in identity.items() if key != "spec"}
     write_json(folder / NOTE, {**lineage, "step": state["step"]})
+
+
+class Saver:
+    """Saves checkpoints in a folder; ``beside`` the training, which goes on while one is written.
+
+    ``seconds``: how long the last one held the training up.
+    """
+
+    def __init__(self, folder: Path, beside: bool) -> None:
+        self.folder, self.seconds = folder, 0.0
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="study-save") if beside else None
+        self.writing: Future | None = None
+
+    def save(self, identity: dict[str, Any], state: dict[str, Any]) -> None:
+        """Save the state as it is now, when the one before it is written."""
+        begun = time.perf_counter()
+        self.wait()
+        if self.pool is None:
+            save(self.folder, identity, state)
+        else:
+            self.writing = self.pool.submit(save, self.folder, identity, _copied(state))
+        self.seconds = time.perf_counter() - begun
+
+    def wait(self) -> None:
+        """Until the last checkpoint is written. Raises what writing it has raised."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+
+def _copied(state: Any) -> Any:
+    """The state in memory of its own, tensors on the CPU."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {key: _copied(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return type(state)(map(_copied, state))
+    return state
 
 
 def related(one: dict[str, Any], other: dict[str, Any]) -> bool:

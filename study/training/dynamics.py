@@ -43,10 +43,18 @@ class Table:
             pyarrow.parquet.write_table(table, temporary, compression="zstd")
 
 
-def _norms(tensor: Tensor) -> tuple[float, float]:
+def _read(numbers: list[Tensor]) -> list[float]:
+    """Numbers of a device, read at once."""
+    if not numbers:
+        return []
+    device = next((one.device for one in numbers if one.device.type != "cpu"), "cpu")
+    return torch.stack([one.to(device) for one in numbers]).tolist()
+
+
+def _norms(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Mean over samples of the L2 norm, and the L2 norm of the whole batch."""
     per_sample = torch.linalg.vector_norm(tensor.detach().float().flatten(1), dim=1)
-    return per_sample.mean().item(), torch.linalg.vector_norm(per_sample).item()
+    return per_sample.mean(), torch.linalg.vector_norm(per_sample)
 
 
 class SkipObserver:
@@ -58,7 +66,7 @@ class SkipObserver:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
-        self.samples: dict[tuple[str, str], list[tuple[float, int]]] = {}
+        self.samples: dict[tuple[str, str], list[tuple[Tensor, int]]] = {}
         self.gates: dict[int, list[Tensor]] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -73,7 +81,7 @@ class SkipObserver:
         for hook in self._hooks:
             hook.remove()
 
-    def _note(self, quantity: str, index: int, value: float, count: int) -> None:
+    def _note(self, quantity: str, index: int, value: Tensor, count: int) -> None:
         self.samples.setdefault((quantity, str(index)), []).append((value, count))
 
     def _fusion(
@@ -99,7 +107,12 @@ class SkipObserver:
 
     def log(self, table: Table, step: int) -> None:
         """Append what was measured."""
-        for (quantity, where), notes in sorted(self.samples.items()):
+        values = iter(_read([value for notes in self.samples.values() for value, _ in notes]))
+        read = {
+            key: [(next(values), count) for _, count in notes]
+            for key, notes in self.samples.items()
+        }
+        for (quantity, where), notes in sorted(read.items()):
             if quantity == "decoder_frobenius_after":
                 value = math.sqrt(sum(value**2 for value, _ in notes))
             else:
@@ -107,10 +120,9 @@ class SkipObserver:
             table.add(step, quantity, value, where)
         for index, parts in sorted(self.gates.items()):
             gate = torch.cat(parts)
-            table.add(step, "gate_mean", gate.mean().item(), str(index))
-            table.add(step, "gate_std", gate.std(correction=0).item(), str(index))
-            table.add(step, "gate_min", gate.min().item(), str(index))
-            table.add(step, "gate_max", gate.max().item(), str(index))
+            found = _read([gate.mean(), gate.std(correction=0), gate.min(), gate.max()])
+            for name, value in zip(("mean", "std", "min", "max"), found, strict=True):
+                table.add(step, f"gate_{name}", value, str(index))
 
 
 class Blocks:
@@ -128,17 +140,20 @@ class Blocks:
         self.groups = {name: parameters for name, parameters in groups.items() if parameters}
 
     @staticmethod
-    def norm(tensors: list[Tensor]) -> float:
-        """L2 norm of several tensors together."""
+    def norm(tensors: list[Tensor]) -> Tensor:
+        """L2 norm of several tensors together, a number on their device."""
         if not tensors:
-            return 0.0
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors))).item()
+            return torch.zeros(())
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
     def log_gradients(self, table: Table, step: int) -> None:
         """Append the gradient norm of every block, before clipping."""
-        for name, parameters in self.groups.items():
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            table.add(step, "grad_norm_block", self.norm(gradients), name)
+        norms = [
+            self.norm([p.grad for p in parameters if p.grad is not None])
+            for parameters in self.groups.values()
+        ]
+        for name, norm in zip(self.groups, _read(norms), strict=True):
+            table.add(step, "grad_norm_block", norm, name)
 
     def copy(self) -> dict[str, list[Tensor]]:
         """The weights of every block as they are now."""
@@ -146,11 +161,16 @@ class Blocks:
 
     def log_updates(self, table: Table, step: int, before: dict[str, list[Tensor]]) -> None:
         """Append ||change|| / ||weights|| of every block since ``before``."""
-        for name, parameters in self.groups.items():
-            change = torch._foreach_sub([p.detach() for p in parameters], before[name])
-            weights = self.norm(before[name])
-            if weights > 0:
-                table.add(step, "update_ratio", self.norm(list(change)) / weights, name)
+        weights = _read([self.norm(before[name]) for name in self.groups])
+        changes = _read(
+            [
+                self.norm(list(torch._foreach_sub([p.detach() for p in ps], before[name])))
+                for name, ps in self.groups.items()
+            ]
+        )
+        for name, weight, change in zip(self.groups, weights, changes, strict=True):
+            if weight > 0:
+                table.add(step, "update_ratio", change / weight, name)
 
 
 class LossByNoise:

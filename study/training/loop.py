@@ -8,7 +8,6 @@ from a shorter one (``study.training.lineage``).
 import math
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,30 @@ from study.spec.run import Spec
 from study.training.progress import Progress
 from study.training.trainer import Trainer
 
+SAVING = 0.02
+"""Share of the time that checkpoints may take; where one takes long, there are fewer."""
+
 
 class Interrupted(Stopped):
     """Asked to stop; a checkpoint was written and the same command resumes."""
 
 
-class _Signals:
-    """Notes the signals that ask to stop."""
+class _Wish:
+    """Who wants this training to stop: a signal, or a file, which is looked for once a second."""
 
-    def __init__(self) -> None:
-        self.received: str | None = None
+    def __init__(self, stop_file: str | Path | None) -> None:
+        self.stop_file, self.looked, self.who = stop_file, -math.inf, ""
         listen(self._note)
 
     def _note(self, number: int, _frame: object) -> None:
-        self.received = signal.Signals(number).name
+        self.who = signal.Signals(number).name
+
+    def __bool__(self) -> bool:
+        now = time.monotonic()
+        if not self.who and self.stop_file and now - self.looked > 1:
+            self.looked = now
+            self.who = str(self.stop_file) if Path(self.stop_file).exists() else ""
+        return bool(self.who)
 
 
 def _is_sound(module: nn.Module) -> bool:
@@ -74,18 +83,14 @@ def train(
     trainer = Trainer(spec, archive, out, state, machine)
     identity = {"spec": spec.key, "lineage": spec.lineage, "code": code, "data": archive.sha256}
     trainer.resume(identity)
-    signals, start = _Signals(), trainer.step  # until here there is nothing to save
+    wish, start = _Wish(stop_file), trainer.step  # until here there is nothing to save
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
-
-    def asked() -> str | None:
-        told = signals.received or (stop_file and Path(stop_file).exists() and str(stop_file))
-        return (told or "another process") if _agree(trainer, bool(told)) else None
-
-    reason = _advance(trainer, identity, stopwatch, asked)
+    reason = _advance(trainer, identity, stopwatch, wish)
     if reason is None and not _is_sound(trainer.backbone):
         reason = "non-finite weights"
     if reason is None and trainer.step > start:
         trainer.save(identity)
+    trainer.saver.wait()
     status = {
         "status": "done" if reason is None else "diverged",
         "step": trainer.step,
@@ -110,23 +115,21 @@ def train(
 
 
 def _advance(
-    trainer: Trainer,
-    identity: dict[str, Any],
-    stopwatch: Stopwatch,
-    asked: Callable[[], str | None],
+    trainer: Trainer, identity: dict[str, Any], stopwatch: Stopwatch, wish: _Wish
 ) -> str | None:
     """Train to the end; returns why the run has diverged, or ``None``.
 
-    Snapshots and checkpoints are written on the way. ``asked`` says who wants it to stop, if
-    anybody; ``Interrupted`` is then raised.
+    Snapshots and checkpoints are written on the way. ``Interrupted`` is raised where any process
+    wishes the training to stop.
     """
     steps, every = trainer.steps, trainer.machine.get("save_every", 60.0)
     progress = Progress(trainer.folder, trainer.step, steps, trainer.seconds, trainer.main)
-    saved, logged, begun = time.monotonic(), trainer.step, time.perf_counter()
+    saving, logged, begun = time.monotonic() + every, trainer.step, time.perf_counter()
     reason = None
     while trainer.step < steps and reason is None:
         with arithmetic(trainer.settings.precision):
-            reason = trainer.advance()
+            due = trainer.main and time.monotonic() > saving
+            reason = trainer.advance(stop=bool(wish), due=due)
         trainer.seconds = stopwatch.seconds
         progress(trainer.step, trainer.watch.last_finite.get("loss", math.nan))
         if trainer.step - logged >= trainer.log.every:
@@ -134,27 +137,20 @@ def _advance(
             seconds = (now - begun) / (trainer.step - logged)
             trainer.timing.add(trainer.step, "step_seconds", seconds)
             logged, begun = trainer.step, now
-        who, due = asked(), _agree(trainer, time.monotonic() - saved > every)
         if reason is not None:
             break
         trainer.keep()
-        if who and trainer.step < steps:
+        if trainer.asked and trainer.step < steps:
             trainer.save(identity)
+            trainer.saver.wait()
             trainer.accelerator.end_training()
             progress.bar.close()
             raise Interrupted(
-                f"stopped by {who} at step {trainer.step} of {steps}; the same command resumes"
+                f"stopped by {wish.who or 'another process'} at step {trainer.step} of {steps}; "
+                "the same command resumes"
             )
-        if due:
+        if trainer.due:
             trainer.save(identity)
-            saved = time.monotonic()
+            saving = time.monotonic() + max(every, trainer.saver.seconds / SAVING)
     progress.bar.close()
     return reason
-
-
-def _agree(trainer: Trainer, value: bool) -> bool:
-    """Whether any process says so; all of them then leave at the same step."""
-    if trainer.accelerator.num_processes == 1:
-        return value
-    flag = torch.tensor([float(value)], device=trainer.device)
-    return bool(trainer.accelerator.reduce(flag, reduction="sum").item() > 0)

@@ -11,10 +11,12 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 
+from study.ahead import Ahead
 from study.averaging import decay
 from study.backbones.base import Backbone, check_attention
 from study.data import Archive
 from study.diffusion import formulations
+from study.diffusion.stf import StableTarget, reference_batch
 from study.files import UserError
 from study.network import SplitNetwork, build_network, networks_of, repeatable
 from study.processes import meet, own_environment
@@ -107,22 +109,28 @@ class Trainer:
         check_attention(self.settings.attention, self.device)
         self.formulations = formulations(spec.formulation, noise_scale=spec.backbone.noise_scale)
         self.backbone = build_network(spec, archive, machine.get("checkpointing", False))
+        torch.backends.cudnn.benchmark = machine.get("cudnn_benchmark", False)
         self.backbone.to(self.device).train()
+        if machine.get("channels_last"):
+            self.backbone.to(memory_format=torch.channels_last)
         self.averages = {name: Ema(self.backbone) for name in spec.averages}
         optimizer = _optimizer(self.settings, self._parameter_groups())
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
+        self.fast = torch.compile(self.model) if machine.get("compile") else self.model
         self.parameters = list(self.backbone.parameters())
         self.blocks = Blocks(self.backbone)
         fp16 = self.settings.precision == "fp16"
         self.watch = Watch(self.settings.divergence, skips=FP16_SKIPS if fp16 else 0)
         self.step, self.seconds, self.steps = 0, 0.0, spec.steps
+        self.asked = self.due = False
         self.origins: list[dict[str, Any]] = []  # runs that it went on from, and at which steps
         self.strict = True  # until an operation has no kernel that repeats its bits
         self.log = Log(machine.get("log_every") or spacing(self.steps))
         self.timing = Table()
         self.snapshots = Snapshots(spec, out)
+        self.saver = checkpoint.Saver(state, beside=self.device.type != "cpu")
         share = _share(self.settings.batch, self.accelerator)
-        self.batches = Batches(
+        batches = Batches(
             archive,
             spec,
             self.device,
@@ -130,6 +138,8 @@ class Trainer:
             self.formulations[0].draw == "uniform",
             _label_drops(networks_of(self.backbone)[0]),
         )
+        # On the CPU the next batch would take its time from this step.
+        self.batches = Ahead(batches, 0 if self.device.type == "cpu" else self.steps)
 
     def _parameter_groups(self) -> Any:
         """What the optimiser is given: of a split network, every part with its own settings."""
@@ -175,7 +185,7 @@ class Trainer:
                 "snapshots": self.snapshots.record,
                 "origins": self.origins,
             }
-            checkpoint.save(self.folder, identity, state)
+            self.saver.save(identity, state)
         self.accelerator.wait_for_everyone()
 
     def resume(self, identity: dict[str, Any]) -> None:
@@ -249,22 +259,47 @@ class Trainer:
             average.load_state_dict(weights)
         self.backbone.load_state_dict({**self.backbone.state_dict(), **weights})
 
-    def _network(self, augment_labels: Tensor | None, label_drops: Tensor | None) -> Any:
+    def _network(
+        self, augment_labels: Tensor | None, label_drops: Tensor | None, logs: bool
+    ) -> Any:
         conditioning: dict[str, Any] = {}
         if augment_labels is not None:
             conditioning["augment_labels"] = augment_labels
         if label_drops is not None:
             conditioning["label_drop_uniform"] = label_drops.unbind(1)
 
+        # What is observed is not compiled: an observer looks between the operations.
+        model = self.model if logs else self.fast
+
         def network(x: Tensor, noise: Tensor, label: Tensor | None = None) -> Tensor:
             with self.accelerator.autocast():
-                return self.model(x, noise, label, **conditioning).float()
+                return model(x, noise, label, **conditioning).float()
 
         return network
 
-    def _backward(self, model: NetworkTraining) -> tuple[float, Tensor, Tensor]:
-        """Gradients of the batch; its loss, and per-sample noise level and loss."""
+    def stable(self, images: Tensor, others: Tensor | None) -> StableTarget | None:
+        """The target with respect to the whole batch and the images that are added to it.
+
+        ``images`` and ``others`` are this process's parts of both.
+        """
+        if others is None:
+            return None
+        if self.accelerator.num_processes > 1:
+            count = self.spec.target.reference - self.settings.batch
+            short = -(-count // self.accelerator.num_processes) - len(others)
+            padded = torch.cat([others, others.new_zeros(short, *others.shape[1:])])
+            images, others = self.accelerator.gather((images, padded))
+            others = others[:count]
+        return StableTarget(reference_batch(images, others))
+
+    def _backward(self, model: NetworkTraining, logs: bool, wishes: tuple[bool, bool]) -> Tensor:
+        """Gradients of the batch.
+
+        Returns, still on the device, a row for every process: noise levels and losses of its
+        samples, and its wishes.
+        """
         batch = self.batches(self.step)
+        stable = self.stable(batch["images"], batch["others"])
         formulation = self.formulations[model.split or 0]
         images = batch["images"]
         size = self.machine.get("micro_batch") or len(images)
@@ -283,22 +318,33 @@ class Trainer:
             last = number == len(pieces) - 1
             with self.accelerator.no_sync(self.model) if not last else nullcontext():
                 loss = formulation.loss(
-                    self._network(part["augment_labels"], part["label_drops"]),
+                    self._network(part["augment_labels"], part["label_drops"], logs),
                     part["images"],
                     part["draws"],
                     part["noise"],
                     label=part["labels"],
-                    stable_target=batch["stable"],
+                    stable_target=stable,
                 )
                 # The mean over the whole batch; DistributedDataParallel averages over processes.
                 total = loss.per_sample.sum() / self.settings.batch
                 self.accelerator.backward(total * self.accelerator.num_processes)
             sigmas.append(loss.sigma.detach().float())
             losses.append(loss.elements.detach().flatten(1).mean(1).float())
-        sigma, losses = torch.cat(sigmas), torch.cat(losses)
-        if self.accelerator.num_processes > 1:
-            sigma, losses = self.accelerator.gather((sigma, losses))
-        return losses.mean().item(), sigma.cpu(), losses.cpu()
+        told = torch.tensor(wishes, dtype=torch.float32).to(self.device, non_blocking=True)
+        row = torch.cat([*sigmas, *losses, told])[None]
+        return self.accelerator.gather(row) if self.accelerator.num_processes > 1 else row
+
+    def _read(self, rows: Tensor, norm: Tensor) -> tuple[Tensor, Tensor, float]:
+        """Noise levels and losses of the whole batch, and the norm, on the CPU.
+
+        This is where a step waits for the device, once; what all processes wish is known then.
+        """
+        *values, norm = torch.cat([rows.flatten(), norm.reshape(1)]).cpu().split([rows.numel(), 1])
+        rows = values[0].view(rows.shape)
+        size = self.settings.batch // len(rows)
+        sigma, losses, wishes = rows.split([size, size, 2], dim=1)
+        self.asked, self.due = wishes.bool().any(0).tolist()
+        return sigma.flatten(), losses.flatten(), norm.item()
 
     def _set_lr(self, model: NetworkTraining, done: int) -> float:
         warmup = model.warmup
@@ -307,7 +353,9 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _observed(self, model: NetworkTraining, logs: bool) -> tuple[Any, tuple]:
+    def _observed(
+        self, model: NetworkTraining, logs: bool, wishes: tuple[bool, bool]
+    ) -> tuple[Any, Tensor]:
         """The same, and what an observer of the long skips saw of it if this step is logged.
 
         The bits repeat wherever torch can make them; a network of the user's own may hold an
@@ -316,7 +364,7 @@ class Trainer:
         watching = SkipObserver(self.backbone) if logs else nullcontext()
         try:
             with repeatable(self.strict), watching as observer:
-                return observer, self._backward(model)
+                return observer, self._backward(model, logs, wishes)
         except RuntimeError as error:
             if not self.strict or "determinis" not in str(error):
                 raise
@@ -324,10 +372,14 @@ class Trainer:
         print(f"study: {reason}: a second training may differ in its last bits", file=sys.stderr)
         self.strict = False
         self.optimizer.zero_grad()
-        return self._observed(model, logs)
+        return self._observed(model, logs, wishes)
 
-    def advance(self) -> str | None:
-        """One step. Returns why the run has diverged, or ``None``."""
+    def advance(self, stop: bool = False, due: bool = False) -> str | None:
+        """One step. Returns why the run has diverged, or ``None``.
+
+        ``stop`` and ``due``: whether this process wishes the training to stop, or a checkpoint.
+        Afterwards ``asked`` and ``due`` say whether any process does.
+        """
         model, done = self._turn()
         if isinstance(self.backbone, SplitNetwork):
             self.backbone.active = model.split
@@ -335,15 +387,16 @@ class Trainer:
                 self._begin_turn(model)
         lr = self._set_lr(model, done)
         logs = self.step % self.log.every == 0 or self.step == self.steps - 1
-        observer, (value, sigma, losses) = self._observed(model, logs)
-        self.log.add(self.step, value, sigma, losses)
+        observer, rows = self._observed(model, logs, (stop, due))
         if self.accelerator.scaler is not None:
             self.accelerator.unscale_gradients()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self.settings.nan_to_num:
             for gradient in gradients:
                 torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
-        norm = Blocks.norm(gradients)
+        sigma, losses, norm = self._read(rows, Blocks.norm(gradients))
+        value = losses.mean().item()
+        self.log.add(self.step, value, sigma, losses)
         if logs:
             self.log.rows.add(self.step, "grad_norm", norm)
             self.log.rows.add(self.step, "lr", lr)
@@ -365,7 +418,7 @@ class Trainer:
         for name, settings in self.settings.averages.items():
             averaging = decay(settings, batch, done * batch)
             self.averages[name].update(averaging, f"networks.{model.split}." if split else "")
-        if logs and not math.isfinite(Blocks.norm([p.detach() for p in self.parameters])):
+        if logs and not Blocks.norm([p.detach() for p in self.parameters]).isfinite():
             return "non-finite weights"
         return None
 
