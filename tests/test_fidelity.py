@@ -3,22 +3,25 @@
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import textwrap
 import urllib.error
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 from study.data import Archive
 from study.data.archive import encode_png
 from study.data.convert import convert
-from study.fidelity import classifier, extractors
+from study.fidelity import classifier, extractors, neighbours
 from study.fidelity import evaluate as evaluation
 from study.fidelity import reference as references
 from study.fidelity.evaluate import evaluate, measure, metric_name
@@ -106,6 +109,37 @@ def test_numbers_are_torch_fidelitys(features):
     for name in ("precision", "recall"):
         assert scores[name].value == pytest.approx(prc[name])
     assert 0 < scores["precision"].value < 1
+
+
+def test_precision_and_recall_are_torch_fidelitys_in_blocks(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    reference = torch.randn(700, 48, generator=draw)
+    generated = torch.cat([1.3 * torch.randn(500, 48, generator=draw), reference[:30]])
+    plain = torch_fidelity.metric_prc.prc_features_to_metric(
+        generated, reference, prc_neighborhood=3, prc_batch_size=10000, verbose=False
+    )
+    monkeypatch.setattr(neighbours, "BLOCK", 96)
+    limits = neighbours.radii(reference)
+    found = neighbours.precision_recall(generated, reference, limits)
+    assert found == (plain["precision"], plain["recall"])
+    assert min(found) > 0.1 and max(found) < 1
+
+
+def test_what_a_metric_needs_of_a_reference_is_computed_once(small, tmp_path, monkeypatch):
+    images, _, folder = small
+    shutil.copytree(folder, tmp_path / "reference")
+    samples = write_samples(tmp_path, np.roll(images, 1, axis=2)[:50])
+    given = (samples, tmp_path / "reference", {"extractor": "digits"}, tmp_path / "f.json")
+    first = evaluate(*given)["metrics"]
+    counted = Mock(side_effect=neighbours.radii)
+    monkeypatch.setattr("study.fidelity.reference.radii", counted)
+    assert evaluate(*given)["metrics"] == first and counted.call_count == 0
+    kept = tmp_path / "reference" / "radii.safetensors"
+    save_file({"radii": torch.zeros(300)}, kept, {"features_sha256": "of others"})
+    assert evaluate(*given)["metrics"] == first and counted.call_count == 1
+    kept.write_bytes(b"damaged")
+    assert evaluate(*given)["metrics"] == first and counted.call_count == 2
+    assert evaluate(*given)["metrics"] == first and counted.call_count == 2
 
 
 # Classifier

@@ -1,20 +1,29 @@
-"""Samples and a reference -> ``<extractor>.json``, through torch-fidelity's public interface."""
+"""Samples and a reference -> ``<extractor>.json``, with torch-fidelity's functions.
+
+A reference is extracted, and what a metric needs of it computed, once and not with every
+evaluation; features are checked before they are measured.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from study import bounded
 from study.fidelity import extractors
 from study.fidelity.extractors import torch_fidelity
-from study.fidelity.reference import Reference
+from study.fidelity.neighbours import NEIGHBOURS, precision_recall
+from study.fidelity.reference import Features, Reference, statistics
 from study.files import UserError, read_object, sha256, write_json
 from study.provenance import Stopwatch, provenance
 from study.spec import metrics as known_metrics
+
+metric_fid, metric_isc, metric_kid = (
+    getattr(torch_fidelity, f"metric_{name}") for name in ("fid", "isc", "kid")
+)
 
 METRICS = tuple(known_metrics.METRICS)
 NUMBERS = {
@@ -28,48 +37,7 @@ NUMBERS = {
 KID_SUBSETS = 100
 KID_SUBSET_SIZE = 1000
 IS_SPLITS = 10
-NEIGHBOURS = 3
 RANDOM_SEED = 2020
-
-
-class _Rows(Dataset):
-    """The rows of a matrix as a torch-fidelity input."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        self.matrix = matrix
-
-    def __len__(self) -> int:
-        return len(self.matrix)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self.matrix[index]
-
-
-class _Precomputed(torch_fidelity.FeatureExtractorBase):
-    """A torch-fidelity extractor whose inputs are features already.
-
-    torch-fidelity hands an input's items to the extractor as they are, so with this one a matrix
-    of features (or of logits) goes straight into its metrics: a reference is extracted once and
-    not with every evaluation, and features can be checked before they are measured.
-    """
-
-    def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
-        super().__init__(name, features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("rows",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(_: str) -> str:
-        return "rows"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    def forward(self, rows: Tensor) -> tuple[Tensor, ...]:
-        return (rows,)
 
 
 POSSIBLE = {number: metric.possible for number, metric in known_metrics.NUMBERS.items()}
@@ -85,42 +53,36 @@ class Score:
     note: str | None = None
 
 
-def _torch_fidelity(first: Tensor, second: Tensor | None, **options: Any) -> dict[str, float]:
-    return torch_fidelity.calculate_metrics(
-        input1=_Rows(first),
-        input2=None if second is None else _Rows(second),
-        feature_extractor=extractors.register("precomputed", _Precomputed),
-        batch_size=4096,
-        cuda=False,
-        save_cpu_ram=True,  # reads inputs in this process, and distances in blocks
-        cache=False,  # its key holds no hash of the content
-        verbose=False,
-        rng_seed=RANDOM_SEED,
-        **options,
-    )
-
-
-def _frechet(generated: Tensor, reference: Tensor) -> dict[str, Score]:
+def _frechet(generated: Tensor, reference: Features) -> dict[str, Score]:
     if len(generated) < 2:
         return {"fd": Score(None, note="a covariance needs at least 2 images")}
-    found = _torch_fidelity(generated, reference, fid=True)
+    both = [
+        {"mu": found["mean"].numpy(), "sigma": found["covariance"].numpy()}
+        for found in (statistics(generated), reference.statistics)
+    ]
+    found = metric_fid.fid_statistics_to_metric(*both, verbose=False)
     note = None
     if len(generated) <= generated.shape[1]:
         note = (
             f"{len(generated)} images for {generated.shape[1]} features: the covariance is "
             "singular and the distance strongly biased"
         )
-    return {"fd": Score(found[torch_fidelity.KEY_METRIC_FID], note=note)}
+    return {"fd": Score(found[metric_fid.KEY_METRIC_FID], note=note)}
 
 
-def _kernel(generated: Tensor, reference: Tensor) -> dict[str, Score]:
-    size = kid_subset_size(len(generated), len(reference))
+def _kernel(generated: Tensor, reference: Features) -> dict[str, Score]:
+    size = kid_subset_size(len(generated), len(reference.features))
     if size < 2:
         return {"kid": Score(None, note="an unbiased kernel distance needs at least 2 images")}
-    found = _torch_fidelity(
-        generated, reference, kid=True, kid_subsets=KID_SUBSETS, kid_subset_size=size
+    found = metric_kid.kid_features_to_metric(
+        generated,
+        reference.features,
+        kid_subsets=KID_SUBSETS,
+        kid_subset_size=size,
+        rng_seed=RANDOM_SEED,
+        verbose=False,
     )
-    mean, spread = torch_fidelity.KEY_METRIC_KID_MEAN, torch_fidelity.KEY_METRIC_KID_STD
+    mean, spread = metric_kid.KEY_METRIC_KID_MEAN, metric_kid.KEY_METRIC_KID_STD
     return {"kid": Score(found[mean], found[spread])}
 
 
@@ -129,20 +91,22 @@ def _inception_score(logits: Tensor | None) -> dict[str, Score]:
         return {"is": Score(None, note="the extractor gives no class probabilities")}
     if len(logits) < IS_SPLITS:
         return {"is": Score(None, note=f"needs at least {IS_SPLITS} images, one per split")}
-    found = _torch_fidelity(logits, None, isc=True, isc_splits=IS_SPLITS)
-    mean, spread = torch_fidelity.KEY_METRIC_ISC_MEAN, torch_fidelity.KEY_METRIC_ISC_STD
+    found = metric_isc.isc_features_to_metric(logits, IS_SPLITS, rng_seed=RANDOM_SEED)
+    mean, spread = metric_isc.KEY_METRIC_ISC_MEAN, metric_isc.KEY_METRIC_ISC_STD
     return {"is": Score(found[mean], found[spread])}
 
 
-def _precision_recall(generated: Tensor, reference: Tensor) -> dict[str, Score]:
-    if min(len(generated), len(reference)) <= NEIGHBOURS:
+def _precision_recall(
+    generated: Tensor, reference: Features, device: torch.device
+) -> dict[str, Score]:
+    if min(len(generated), len(reference.features)) <= NEIGHBOURS:
         none = Score(None, note=f"needs more than {NEIGHBOURS} images on both sides")
         return {"precision": none, "recall": none}
-    found = _torch_fidelity(generated, reference, prc=True, prc_neighborhood=NEIGHBOURS)
-    return {
-        "precision": Score(found[torch_fidelity.KEY_METRIC_PRECISION]),
-        "recall": Score(found[torch_fidelity.KEY_METRIC_RECALL]),
-    }
+    with extractors.exact_arithmetic():
+        precision, recall = precision_recall(
+            generated.to(device), reference.features.to(device), reference.radii(device)
+        )
+    return {"precision": Score(precision), "recall": Score(recall)}
 
 
 def kid_subset_size(generated: int, reference: int) -> int:
@@ -151,19 +115,25 @@ def kid_subset_size(generated: int, reference: int) -> int:
 
 
 def measure(
-    generated: Tensor, logits: Tensor | None, reference: Tensor, metrics: tuple[str, ...] = METRICS
+    generated: Tensor,
+    logits: Tensor | None,
+    reference: Tensor | Features,
+    metrics: tuple[str, ...] = METRICS,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Score]:
     """Metrics of features: ``fd``, ``kid``, ``is``, and ``precision`` with ``recall`` for ``prc``.
 
     ``generated`` [n, F] and ``reference`` [m, F] are float32 features, ``logits`` [n, K] class
-    logits of the generated images or ``None``. Every number is torch-fidelity's. A metric that is
-    not defined for these inputs has the value ``None`` and a note that says why.
+    logits of the generated images or ``None``; all on the CPU. Every number is torch-fidelity's.
+    Distances between images are computed on ``device``. A metric that is not defined for these
+    inputs has the value ``None`` and a note that says why.
     """
+    known = reference if isinstance(reference, Features) else Features(reference)
     parts = {
-        "fd": lambda: _frechet(generated, reference),
-        "kid": lambda: _kernel(generated, reference),
+        "fd": lambda: _frechet(generated, known),
+        "kid": lambda: _kernel(generated, known),
         "is": lambda: _inception_score(logits),
-        "prc": lambda: _precision_recall(generated, reference),
+        "prc": lambda: _precision_recall(generated, known, torch.device(device)),
     }
     finite = generated.isfinite().all(1)
     if logits is not None:
@@ -339,7 +309,7 @@ def evaluate(
         where = extractor.device
         watch = Stopwatch(where)
         found = extractors.extract(extractor, images)
-        scores = measure(found["features"], found.get("logits"), known.features, metrics)
+        scores = measure(found["features"], found.get("logits"), known, metrics, where)
         missing = dict.fromkeys(s.note for s in scores.values() if s.value is None)
         status, reason = "done", "; ".join(missing) or None
     else:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from study.ahead import Ahead
 from study.fidelity.torchvision_fix import import_torch_fidelity
 from study.files import UserError, sha256
 
@@ -23,6 +24,10 @@ torch_fidelity = import_torch_fidelity()
 # File name and content of torch-fidelity's Inception weights: the network of the original FID
 # (TensorFlow's inception-2015-12-05), converted.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+GPU_BATCH = 256
+"""Images per call that fill a GPU."""
 
 
 class Images(Protocol):
@@ -325,19 +330,27 @@ def extract(extractor: Extractor, images: Images) -> dict[str, Tensor]:
     """Features of ``images`` (uint8 [N, H, W, C]): {"features": [N, F], "logits": [N, K]}, float32.
 
     ``logits`` is absent where the extractor has none; N = 0 gives tensors without rows. Images
-    are read ``extractor.batch`` at a time; a shorter last batch is filled up with black images, so
+    are read ``extractor.batch`` at a time (on a GPU at least ``GPU_BATCH``), the next ones while
+    the network works; a shorter last batch is filled up with black images, so
     every call has the same shape and an image's features depend neither on N nor on the rest.
     """
     layers = extractor.get_requested_features_list()
     parts: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    count, size = len(images), extractor.batch
+    device = extractor.device
+    size = extractor.batch if device.type == "cpu" else max(extractor.batch, GPU_BATCH)
+
+    def read(number: int) -> tuple[int, Tensor]:
+        chunk = torch.from_numpy(np.ascontiguousarray(images[number * size : (number + 1) * size]))
+        batch = chunk.new_zeros(size, *chunk.shape[1:])
+        batch[: len(chunk)] = chunk
+        return len(chunk), batch.permute(0, 3, 1, 2).contiguous()
+
+    calls = -(-max(len(images), 1) // size)
+    ahead = Ahead(read, calls)
     with torch.inference_mode(), exact_arithmetic():
-        for start in range(0, max(count, 1), size):
-            chunk = torch.from_numpy(np.ascontiguousarray(images[start : start + size]))
-            rows = len(chunk)
-            batch = chunk.new_zeros(size, *chunk.shape[1:])
-            batch[:rows] = chunk
-            results = extractor(batch.permute(0, 3, 1, 2).contiguous().to(extractor.device))
+        for number in range(calls):
+            rows, batch = ahead(number)
+            results = extractor(batch.to(device))
             for layer, values in zip(layers, results, strict=True):
                 parts[layer].append(values[:rows].cpu())
     return {layer: torch.cat(values) for layer, values in parts.items()}

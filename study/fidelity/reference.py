@@ -1,19 +1,25 @@
 """Reference features and statistics: once per dataset and extractor."""
 
 import shutil
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from study import bounded, tensors
 from study.data import Archive
+from study.fidelity.neighbours import radii
 from study.files import UserError, atomic, read_json, sha256, write_json
 from study.provenance import Stopwatch, provenance
 
 FEATURES_FILE = "features.safetensors"
+RADII_FILE = "radii.safetensors"
 RECORD_FILE = "reference.json"
 IDENTITY = {"extractor", "precision", "resize", "dataset", "dataset_sha256", "split"}
 
@@ -32,11 +38,15 @@ class _ArchiveImages:
 
 
 def statistics(features: Tensor) -> dict[str, Tensor]:
-    """Mean [F] and unbiased (n - 1) covariance [F, F] of features [n, F], in float64."""
-    values = features.double()
-    mean = values.mean(0)
-    centred = values - mean
-    return {"mean": mean, "covariance": centred.T @ centred / max(len(values) - 1, 1)}
+    """Mean [F] and unbiased (n - 1) covariance [F, F] of features [n, F], as torch-fidelity has
+    them: the mean in the features' precision, the covariance in float64."""
+    from study.fidelity.extractors import torch_fidelity
+
+    found = torch_fidelity.metric_fid.fid_features_to_statistics(features)
+    return {
+        "mean": torch.from_numpy(found["mu"]),
+        "covariance": torch.from_numpy(np.atleast_2d(found["sigma"])),
+    }
 
 
 def make_reference(
@@ -50,10 +60,10 @@ def make_reference(
     """Compute the features of all images of the archive ``data`` into ``out_dir``.
 
     Written: ``features.safetensors`` (``features`` [n, F] float32, ``mean`` [F] and
-    ``covariance`` [F, F] float64), a copy of the extractor's weights, so that the folder is all
-    that `evaluate` needs, and, last, ``reference.json`` with the identity. Where the folder
-    already holds a reference of the same identity, and its files are as recorded, nothing is
-    computed. Returns the content of ``reference.json``.
+    ``covariance`` [F, F] as `statistics` gives them), a copy of the extractor's weights, so that
+    the folder is all that `evaluate` needs, and, last, ``reference.json`` with the identity. Where
+    the folder already holds a reference of the same identity, and its files are as recorded,
+    nothing is computed. Returns the content of ``reference.json``.
 
     Raises ``UserError`` for an unknown extractor, missing or wrong weights, latents, fewer than
     two images, or features that are not finite.
@@ -133,11 +143,27 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-class Reference:
+class Features:
+    """Features of images that others are measured against, and what metrics need of them."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+
+    @cached_property
+    def statistics(self) -> dict[str, Tensor]:
+        """Their ``mean`` and ``covariance``."""
+        return statistics(self.features)
+
+    def radii(self, device: torch.device) -> Tensor:
+        """Radii of their balls, [n]."""
+        return radii(self.features.to(device))
+
+
+class Reference(Features):
     """A reference folder that `make_reference` wrote.
 
     Attributes: ``identity`` (dict), ``weights`` (path or ``None``), ``features`` [n, F] float32
-    and ``statistics`` (``mean``, ``covariance``; float64). Raises ``UserError`` where the folder
+    and ``statistics`` (``mean``, ``covariance``). Raises ``UserError`` where the folder
     is no complete reference.
     """
 
@@ -155,8 +181,20 @@ class Reference:
             value.is_floating_point() and bool(value.isfinite().all()) for value in stored.values()
         ):
             raise UserError(f"{folder}: not a reference; make it anew with `study reference`")
-        self.features = stored.pop("features")
+        super().__init__(stored.pop("features"))
         self.statistics = stored
+        self.sha256: str = record["features_sha256"]
+
+    def radii(self, device: torch.device) -> Tensor:
+        """Radii of the features' balls, [n]; computed at the first call, and kept in the folder."""
+        path, wanted = self.folder / RADII_FILE, {"features_sha256": self.sha256}
+        with suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if file.metadata() == wanted:
+                return file.get_tensor("radii").to(device)
+        found = super().radii(device)
+        with suppress(OSError), atomic(path) as temporary:  # a folder that only can be read
+            save_file({"radii": found.cpu()}, temporary, wanted)
+        return found
 
     def same_weights(self, path: str | Path | None) -> Path | None:
         """``path``, if it holds the weights the reference was made with; else ``UserError``."""

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from study.fidelity import neighbours
 from study.fidelity.extractors import torch_fidelity as tool
 from study.parity.case import Case, Tensors
 
@@ -185,8 +186,8 @@ KERNEL = "polynomial degree 3, gamma 1/D, coef0 1"
 """The kernel of KID, as a case names it: torch-fidelity's."""
 
 
-def _torch_fidelity(case: Case, tensors: Tensors, neighbours: set[int]) -> dict[str, float]:
-    """torch-fidelity's own numbers, with the settings of a case."""
+def _torch_fidelity(case: Case, tensors: Tensors, counts: set[int]) -> dict[str, float]:
+    """torch-fidelity's own numbers (precision and recall: ours), with the settings of a case."""
     generated, reference = (tensors[f"in/features_{name}"].double() for name in SETS)
     logits, smaller = tensors["in/logits_generated"], min(len(generated), len(reference))
     settings = case.get("settings", {})
@@ -213,13 +214,12 @@ def _torch_fidelity(case: Case, tensors: Tensors, neighbours: set[int]) -> dict[
         numbers["inception_score"] = found[tool.KEY_METRIC_ISC_MEAN]
         numbers["inception_score_std"] = found[tool.KEY_METRIC_ISC_STD]
     named = {f"{name}_torch_fidelity": number for name, number in numbers.items()}
-    for k in neighbours:
+    for k in counts:
         if smaller > k:
-            found = tool.metric_prc.prc_features_to_metric(
-                generated, reference, prc_neighborhood=k, verbose=False
-            )
-            named[f"precision_torch_fidelity_k{k}"] = found[tool.KEY_METRIC_PRECISION]
-            named[f"recall_torch_fidelity_k{k}"] = found[tool.KEY_METRIC_RECALL]
+            limits = neighbours.radii(reference, k)
+            precision, recall = neighbours.precision_recall(generated, reference, limits, k)
+            named[f"precision_torch_fidelity_k{k}"] = precision
+            named[f"recall_torch_fidelity_k{k}"] = recall
     return named
 
 
@@ -232,8 +232,8 @@ def fid(case: Case, tensors: Tensors) -> Tensors:
     generated, reference = (tensors[f"in/features_{name}"].numpy() for name in SETS)
     logits, smaller = tensors["in/logits_generated"], min(len(generated), len(reference))
     moments = {name: mean_covariance(points) for name, points in zip(SETS, (generated, reference))}
-    neighbours = {int(k) for k in re.findall(r"_torch_fidelity_k(\d+)$", stored, re.M)}
-    found: dict[str, Any] = _torch_fidelity(case, tensors, neighbours)
+    counts = {int(k) for k in re.findall(r"_torch_fidelity_k(\d+)$", stored, re.M)}
+    found: dict[str, Any] = _torch_fidelity(case, tensors, counts)
 
     for name, (mean, covariance) in moments.items():
         found |= {f"mu_{name}": mean, f"sigma_{name}": covariance}
