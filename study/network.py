@@ -46,6 +46,9 @@ class SplitNetwork(Backbone):
     ) -> Tensor:
         return self.networks[self.active](x, noise, label, **conditioning)
 
+    def merged(self) -> "SplitNetwork":
+        return SplitNetwork([network.merged() for network in self.networks])
+
     def blocks(self) -> dict[str, nn.Module]:
         return {
             f"networks.{number}.{name}": block

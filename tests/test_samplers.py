@@ -647,3 +647,10 @@ def test_guidance_sharpens_the_class():
     ]
     assert means[0] == pytest.approx(0.5, abs=0.1)
     assert means[0] < means[1] < means[2]
+
+
+def test_draws_that_are_made_ahead_are_the_same():
+    plain, ahead = (NoiseSource(range(3), (2, 4, 4), ahead=one) for one in (False, True))
+    assert torch.equal(plain.latents(), ahead.latents())
+    for k in (0, 1, 2, 5, 6, 0):
+        assert torch.equal(plain.draw(k), ahead.draw(k))

@@ -53,6 +53,10 @@ class Backbone(nn.Module):
         """The block (or layer) that consumes long skip i's fusion, outermost first."""
         raise NotImplementedError
 
+    def merged(self) -> "Backbone":
+        """The network that samples: its outputs up to rounding, with fewer operations if it can."""
+        return self
+
 
 def sinusoidal(
     position: Tensor, width: int, *, last_divisor: bool = False, sine_first: bool = False

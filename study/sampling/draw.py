@@ -277,7 +277,7 @@ def generate(
         weights_sha256 = sha256(path)
     except BrokenWeights as error:
         return _skip(out, archive, facts, "weights not finite", str(error))
-    denoiser = denoiser_of(spec, network, device)
+    denoiser = denoiser_of(spec, network.merged(), device)
     if guidance is not None:
         denoiser = guided(denoiser, guidance, null_label=archive.num_classes)
 
@@ -300,7 +300,7 @@ def generate(
         made = parts.load(start)
         if made is None:
             here = seeds[start : start + batch]
-            source = NoiseSource(here, shape)
+            source = NoiseSource(here, shape, ahead=device.type != "cpu")
             label = None
             if conditional:
                 label = torch.from_numpy(labels[start : start + len(here)]).to(device)

@@ -1,6 +1,7 @@
 """What all samplers share: per-sample random numbers, the loop, the precision."""
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from study.ahead import Ahead
 from study.spec.samplers import SamplerOptions
 
 LATENTS = -1
@@ -23,7 +25,8 @@ class NoiseSource:
     float32 and only when asked for.
 
     ``seeds``: one whole number per sample, [B]; ``shape``: (C, H, W); ``seed``: the study's
-    sampling seed; ``device``: where the draws are put.
+    sampling seed; ``device``: where the draws are put; ``ahead``: make the next draw in a thread
+    as soon as one along the way is asked for, for a sampler that waits for another device then.
     """
 
     def __init__(
@@ -32,29 +35,34 @@ class NoiseSource:
         shape: Sequence[int],
         seed: int = 0,
         device: torch.device | str = "cpu",
+        ahead: bool = False,
     ) -> None:
         self.seeds = [int(number) for number in seeds]
         self.shape = tuple(int(size) for size in shape)
         self.seed = int(seed)
         self.device = torch.device(device)
-        self._generator = torch.Generator()
+        self._make = Ahead(self._draw, math.inf) if ahead else self._draw
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def latents(self) -> Tensor:
         """Standard normal latents [B, C, H, W], float32."""
-        return self.draw(LATENTS)
+        return self._draw(LATENTS).to(self.device)
 
     def draw(self, k: int) -> Tensor:
         """Standard normal draw number ``k`` [B, C, H, W], float32."""
+        return self._make(k).to(self.device)
+
+    def _draw(self, k: int) -> Tensor:
+        generator = torch.Generator()
         rows = torch.empty((len(self.seeds), *self.shape), dtype=torch.float32)
         for row, number in zip(rows, self.seeds, strict=True):
             text = f"{self.seed}/{number}/{k}".encode()
             key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-            self._generator.manual_seed(key)
-            row.normal_(generator=self._generator)
-        return rows.to(self.device)
+            generator.manual_seed(key)
+            row.normal_(generator=generator)
+        return rows
 
 
 @dataclass(frozen=True)
