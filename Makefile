@@ -18,7 +18,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 BIN := $(VENV)/bin
 SNAKEMAKE = $(BIN)/snakemake --cores $(CORES) --configfile "$(STUDY)" $(FLAGS)
 
-.PHONY: study smoke plan status test style lock networks clean clean-results help
+.PHONY: study smoke plan status test style benchmark lock networks clean clean-results help
 
 study: $(VENV)/.installed
 	$(SNAKEMAKE)
@@ -60,6 +60,10 @@ $(VENV)/.installed: pyproject.toml requirements.lock | $(BIN)/python
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c requirements.lock -e '.[dev]'
 	@touch $@
+
+# The parts of the package against plain references, as ratios; about 25 minutes.
+benchmark: $(VENV)/.installed
+	$(BIN)/python benchmarks/cpu.py --out benchmarks/results-cpu.csv
 
 # After a change of a backbone: its networks in the shipped studies, for plans without counting.
 networks: $(VENV)/.installed

@@ -2,9 +2,11 @@
 
     python benchmarks/gpu.py [--only training loop ...] [--tiny] [--out gpu.json]
 
-Sections: ``training`` (five families x precision x attention kernel, bare steps), ``loop`` (what
-the training loop adds to a bare step), ``memory``, ``scalings``, ``sampling``, ``repeat`` (do two
-trainings of one seed end in the same bits?), ``agreement`` (GPU against CPU) and ``runs`` (real
+Sections: ``speed`` (published sizes: use of the device, waiting, compiled), ``evaluation``
+(precision and recall on the device), ``training`` (five families x precision x attention kernel,
+bare steps), ``loop`` (what the training loop adds to a bare step), ``memory``, ``scalings``,
+``sampling``, ``repeat`` (do two trainings of one seed end in the same bits?), ``agreement`` (GPU
+against CPU) and ``runs`` (real
 ``study train`` processes: killed and resumed, two at once, one process under NCCL). With ``--tiny``
 it runs on a CPU in a minute. The JSON is written after every section; a CSV of the timings lies
 beside it. What fails is a row that says why. The helpers are in ``gpu_bench.py``, the checks in
@@ -38,14 +40,18 @@ from gpu_bench import (
 from gpu_checks import agreement, repeat, runs
 from rich.console import Console
 from rich.table import Table
+from torch.utils.flop_counter import FlopCounterMode
 
 from study.backbones.base import check_attention
 from study.data import Archive
 from study.diffusion.samplers import NoiseSource, sampler
+from study.fidelity.evaluate import measure
 from study.files import UserError, write_json
 from study.network import arithmetic, build_network
 from study.sampling.draw import to_uint8
+from study.spec.backbones import FAMILIES
 from study.trained import denoiser_of
+from study.training.log import Log
 
 # --- speed ---------------------------------------------------------------------------------------
 
@@ -86,6 +92,69 @@ def training(bench: Bench) -> None:
             )
 
 
+PUBLISHED = (
+    ("uvit", "cifar10-S2"),
+    ("uvit", "imagenet256-L2"),
+    ("ddpmpp", "cifar10"),
+    ("udit", "B"),
+)
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 operations per second that NVIDIA's data sheets give."""
+
+
+def speed(bench: Bench) -> None:
+    """Published sizes, bf16 and fp32, plain and compiled: speed, use of the device, waiting.
+
+    ``mfu``: operations of the products in a bare step over what the device could do in bf16.
+    ``waiting``: the share of a step of the loop that a bare step does not take.
+    """
+    name = torch.cuda.get_device_name() if GPU else ""
+    most = next((peak for part, peak in PEAK.items() if part in name), float("nan"))
+    for (family, preset), precision in itertools.product(PUBLISHED, ("bf16", "fp32")):
+        options = bench.options(family) if bench.tiny else FAMILIES[family].presets[preset]
+        latent = preset in ("imagenet256-L2", "B")
+        images = "udit" if latent else "uvit"  # whose images these are like
+        spec = bench.spec(family, precision=precision).changed(backbone={"options": options})
+        for compiled in (False, True) if precision == "bf16" else (False,):
+
+            def work(compiled=compiled) -> dict[str, float]:
+                with peak() as used:
+                    trainer = bench.trainer(spec, {"compile": compiled}, images)
+                    trainer.step = 1
+                    channels, side = bench.shape(images)
+                    network = trainer.fast
+                    step = bare_step(network, precision, (bench.batch, channels, side, side))
+                    bare = seconds_of(step, bench.steps)
+                    looped = seconds_of(trainer.advance, bench.steps)
+                with FlopCounterMode(display=False) as counter:
+                    bare_step(trainer.backbone, precision, (bench.batch, channels, side, side))()
+                return {
+                    "seconds": bare,
+                    "images_per_second": bench.batch / bare,
+                    "mfu": counter.get_total_flops() / bare / most,
+                    "loop_seconds": looped,
+                    "waiting": 1 - bare / looped,
+                    "peak_mib": used[0],
+                }
+
+            setting = f"{preset} {precision}" + (" compiled" if compiled else "")
+            found = attempt(bench, "speed", family, setting, work)
+            if found is not None:
+                bench.row("speed", family, setting, **found)
+
+
+def evaluation(bench: Bench) -> None:
+    """Precision and recall of features like Inception's, on the device and on the CPU."""
+    count = 200 if bench.tiny else 10_000
+    a, b = torch.randn(count, 2048), torch.randn(count, 2048)
+    for device in dict.fromkeys((DEVICE, torch.device("cpu"))):
+        begun = time.perf_counter()
+        scores = measure(a, None, b, ("prc",), device)
+        taken = time.perf_counter() - begun
+        found = {name: score.value for name, score in scores.items()}
+        bench.row("evaluation", "", f"prc, {count} x 2048, {device}", seconds=taken, **found)
+
+
 def loop(bench: Bench) -> None:
     """What a step of the loop takes beside a bare step of the same network, and in which part."""
     for family in ("uvit", "ddpmpp"):
@@ -104,7 +173,7 @@ def loop(bench: Bench) -> None:
                 taken = seconds_of(lambda: stable(x, one, one), bench.steps)
                 bench.row("loop", family, "stf: target alone", seconds=taken, ratio=taken / bare)
             for every in (NEVER, 1):
-                trainer.log_every = every
+                trainer.log = Log(every)
                 trainer.step += trainer.step == 0  # the first step always has a row
                 taken = seconds_of(trainer.advance, bench.steps)
                 what = "step" if every == NEVER else "step with a row of the log"
@@ -187,6 +256,8 @@ def sampling(bench: Bench) -> None:
 
 
 SECTIONS = {
+    "speed": speed,
+    "evaluation": evaluation,
     "agreement": agreement,
     "runs": runs,
     "training": training,

@@ -93,13 +93,13 @@ class Bench:
             self._archives[family] = path
         return path
 
-    def trainer(self, spec: Spec, machine: dict[str, Any] | None = None) -> Trainer:
+    def trainer(self, spec: Spec, machine: dict[str, Any] | None = None, like: str = "") -> Trainer:
+        """A trainer of this spec, on images of its family's shape, or of that of ``like``."""
         AcceleratorState._reset_state()  # else a process has the precision of its first training
-        archive = Archive(self.archive(spec.backbone.family))
+        archive = Archive(self.archive(like or spec.backbone.family))
         archive.resident()
-        return Trainer(
-            spec, archive, self.folder / "state", {"log_every": NEVER, **(machine or {})}
-        )
+        machine = {"log_every": NEVER, **(machine or {})}
+        return Trainer(spec, archive, self.folder / "train", self.folder / "state", machine)
 
     def row(self, section: str, family: str, setting: str, **numbers: Any) -> None:
         self.rows.append({"section": section, "family": family, "setting": setting, **numbers})
