@@ -241,7 +241,10 @@ print(time.perf_counter() - begun, before, peak())
 """
     for metric in ("fd", "kid", "is", "prc"):
         done = subprocess.run(
-            [sys.executable, "-c", program, metric], capture_output=True, text=True, check=True
+            [sys.executable, "-c", program, metric],
+            capture_output=True,
+            encoding="utf-8",
+            check=True,
         )
         seconds, before, peak = map(float, done.stdout.split())
         rows.add(
@@ -298,7 +301,7 @@ def processor_seconds(command: list[str], **variables: str) -> tuple[float, floa
     done = subprocess.run(
         [sys.executable, "-c", program, *command],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **variables},
     )

@@ -118,10 +118,11 @@ def repeatable(strict: bool = True) -> Iterator[None]:
     ``strict``: an operation that has no such kernel raises ``RuntimeError``. Without it that
     operation, and attention, take what they have: two trainings may then differ in their last bits.
     """
+    before = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=not strict)
     torch.utils.deterministic.fill_uninitialized_memory = False  # for hunting errors; takes time
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.set_deterministic_debug_mode(before)
+        torch.utils.deterministic.fill_uninitialized_memory = before == 0

@@ -8,8 +8,8 @@ and ends as the child ends; where it is killed, the child is. So whoever started
 difference. The warm process leaves no file and ends with the workflow; children that then still
 run go on without it.
 
-Where anything stands in the way (another system, a GPU, a training of several processes, a stage
-by hand or on a node of a cluster) the command runs in its own process, as ever.
+Where anything stands in the way (another system, a GPU, several threads or processes, a stage by
+hand or on a node of a cluster) the command runs in its own process, as ever.
 """
 
 import gc
@@ -27,9 +27,16 @@ import threading
 import time
 import traceback
 from contextlib import suppress
-from typing import Any
+from typing import NoReturn
 
-from study.processes import STOP_SIGNALS, THREADS, own_environment, set_threads
+from study.processes import (
+    STOP_SIGNALS,
+    STOPPED,
+    Asked,
+    leave_when_asked,
+    own_environment,
+    set_threads,
+)
 
 WORKFLOW = "LONGSKIP_WARM"
 """Set by a workflow for jobs that may be handed over: its process's number. Empty: none may."""
@@ -45,6 +52,10 @@ MODULES = (
 """What the stages import."""
 
 
+HANDED_ON = (*STOP_SIGNALS, signal.SIGTSTP, signal.SIGCONT)
+PID = struct.Struct("i")
+
+
 # --- the job -------------------------------------------------------------------------------------
 
 
@@ -52,47 +63,68 @@ def hand_over() -> None:
     """Let the warm process run this command, and end as it ends; return where it must not."""
     options = dict(zip(sys.argv[1:], sys.argv[2:]))
     workflow = os.environ.get(WORKFLOW, "")
-    if not workflow or not STAGES.intersection(sys.argv[1:2]) or options.get("--gpus") != "0":
+    if not workflow or not STAGES.intersection(sys.argv[1:2]):
+        return
+    # A library that has more threads starts them when it is imported.
+    if options.get("--gpus") != "0" or options.get("--threads") != "1":
         return
     if "processes" in options.get("--machine", "") or sys.getfilesystemencoding() != "utf-8":
         return
-    connection = _connect(workflow, options.get("--threads"))
+    connection = _connect(workflow)
     if connection is None:
         return
-    ignored = [number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    ignored = [number for number in HANDED_ON if signal.getsignal(number) is signal.SIG_IGN]
     request = {
         "arguments": sys.argv,
         "environment": dict(os.environ),
         "folder": os.getcwd(),
         "ignored": ignored,
     }
-    before: dict[int, Any] = {}
+    child, asked = 0, []
 
     def tell(number: int, _frame: object) -> None:
-        with suppress(OSError):
-            connection.send(bytes([number]))
+        asked.append(number)
+        if child:
+            _tell(child, number)
 
+    before = {n: signal.signal(n, tell) for n in HANDED_ON if n not in ignored}
+    begun = b""
     with suppress(OSError), open(os.memfd_create("request"), "w+", encoding="utf-8") as file:
         json.dump(request, file)
         file.flush()
         socket.send_fds(connection, [b"!"], [0, 1, 2, file.fileno()])
-        before = {n: signal.signal(n, tell) for n in STOP_SIGNALS if n not in ignored}
-        if connection.recv(1):  # it has begun: now it is done there or not at all
+        begun = connection.recv(PID.size, socket.MSG_WAITALL)
+    if len(begun) == PID.size:  # from here on it is done there or not at all
+        (child,) = PID.unpack(begun)
+        for number in list(asked):
+            _tell(child, number)
+        code = b""
+        with suppress(OSError):
             code = connection.recv(1)
-            if not code:  # killed, most likely for want of memory
-                os.kill(os.getpid(), signal.SIGKILL)
+        if code:
             os._exit(code[0])
+        os.kill(os.getpid(), signal.SIGKILL)  # as the child was, most likely for want of memory
     for number, handler in before.items():
         signal.signal(number, handler)
+    for number in asked:
+        os.kill(os.getpid(), number)
 
 
-def _connect(workflow: str, threads: str | None) -> socket.socket | None:
+def _tell(child: int, number: int) -> None:
+    """Hand a signal on; one that stops stops both."""
+    with suppress(ProcessLookupError):
+        os.kill(child, signal.SIGSTOP if number == signal.SIGTSTP else number)
+        if number == signal.SIGTSTP:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _connect(workflow: str) -> socket.socket | None:
     """A connection to the warm process of this workflow, which is started if there is none.
 
     Its address is a name without a file, made of all that a process has from its start.
     """
-    environment = [os.environ.get(name) for name in (*THREADS, "PYTHONUTF8", "PYTHONHASHSEED")]
-    own = repr((sys.executable, sys.path, os.getcwd(), threads, environment))
+    environment = [os.environ.get(name) for name in ("PYTHONUTF8", "PYTHONHASHSEED")]
+    own = repr((sys.executable, sys.path, os.getcwd(), environment))
     address = f"longskip-{os.getuid()}-{workflow}-{hashlib.sha256(own.encode()).hexdigest()[:16]}"
     started, end = None, time.monotonic() + 30
     while time.monotonic() < end:
@@ -105,7 +137,7 @@ def _connect(workflow: str, threads: str | None) -> socket.socket | None:
         if over:  # it cannot be
             return None
         if started is None:
-            command = [sys.executable, "-m", "study.warm", address, workflow, threads or ""]
+            command = [sys.executable, "-m", "study.warm", address, workflow]
             started = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -126,12 +158,12 @@ def _ours(connection: socket.socket) -> bool:
 # --- the warm process ----------------------------------------------------------------------------
 
 
-def serve(address: str, workflow: int, threads: str) -> None:
+def serve(address: str, workflow: int) -> None:
     """Import the stages; fork a child for every job, until the workflow ends.
 
     Nothing here may start a thread or look for GPUs: a child could not use what it inherits then.
     """
-    set_threads(threads)
+    set_threads(1)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"\0{address}")
@@ -148,20 +180,39 @@ def serve(address: str, workflow: int, threads: str) -> None:
         if alive in ready:
             return
         connection, _ = listener.accept()
+        files: list[int] = []
         with connection, suppress(OSError):
-            connection.settimeout(10)
-            word, files, _, _ = socket.recv_fds(connection, 1, 4)
-            if word and _ours(connection) and os.fork() == 0:
-                listener.close()
-                os.close(alive)
-                connection.settimeout(None)
-                os._exit(_run(connection, files))
-            for file in files:
-                os.close(file)
+            connection.settimeout(1)
+            if _ours(connection):
+                word, files, _, _ = socket.recv_fds(connection, 1, 4)
+                if word and os.fork() == 0:
+                    listener.close()
+                    os.close(alive)
+                    connection.settimeout(None)
+                    _run(connection, files)
+        for file in files:
+            os.close(file)
 
 
-def _run(connection: socket.socket, files: list[int]) -> int:
-    """In a child: the job's command as if it had been started for it. Returns its exit status."""
+def _run(connection: socket.socket, files: list[int]) -> NoReturn:
+    """In a child: the job's command as if it had been started for it, and its end."""
+    code = 1
+    try:
+        _become(files)
+        threading.Thread(target=_follow, args=(connection,), name="study-job", daemon=True).start()
+        code = _command(connection)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with suppress(OSError):
+            connection.send(bytes([code & 255]))
+        os._exit(code & 255)
+
+
+def _become(files: list[int]) -> None:
+    """Take a job's streams, folder, environment, arguments, and what it does with signals."""
     *standard, described = files
     for number, file in enumerate(standard):
         os.dup2(file, number)
@@ -175,35 +226,37 @@ def _run(connection: socket.socket, files: list[int]) -> int:
     os.environ.clear()
     os.environ.update(request["environment"])
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for number in STOP_SIGNALS:
+    for number in HANDED_ON:
         usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN if number in request["ignored"] else usual)
     sys.argv = request["arguments"]
-    connection.send(b"!")
-    threading.Thread(target=_follow, args=(connection,), name="study-job", daemon=True).start()
-    code: Any = 1
+    leave_when_asked()
+
+
+def _command(connection: socket.socket) -> int:
+    """Say that the command begins, which lets signals come, and run it; its exit status."""
     try:
+        connection.send(PID.pack(os.getpid()))
         from study.cli import main
 
         main()
+    except Asked as error:  # before the command could say so itself
+        print(f"study: {error}", file=sys.stderr)
+        return STOPPED
+    except KeyboardInterrupt:
+        print("study: interrupted", file=sys.stderr)
+        return 130
     except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    code = code if isinstance(code, int) else 0 if code is None else 1
-    with suppress(OSError):
-        connection.send(bytes([code & 255]))
-    return code
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def _follow(connection: socket.socket) -> None:
-    """Take the signals that the job's own process gets, and end where that was killed."""
-    while word := connection.recv(1):
-        os.kill(os.getpid(), word[0])
+    """End where the job's own process has ended."""
+    with suppress(OSError):
+        connection.recv(1)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    serve(sys.argv[1], int(sys.argv[2]))

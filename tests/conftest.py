@@ -113,7 +113,10 @@ def copy_project(folder: Path) -> Path:
     return folder
 
 
-LONGEST = ("workflow", "reruns", "executors", "processes", "slurm", "analysis", "fidelity")
+LONGEST = (
+    *("workflow", "slurm", "reruns", "processes", "executors", "flow", "warm", "training"),
+    *("surroundings", "analysis", "lineage", "fidelity", "spec"),
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

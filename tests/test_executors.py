@@ -90,6 +90,7 @@ def test_overridden_keys_reach_the_jobs_of_an_executor(project, submitted):
         f"grid={json.dumps(TINY)}",
         "backbones={uvit: {training: {steps: 3, warmup: 0}}}",
         "training={batch: 8, ema: {rate: 0.5}}",
+        "seed=[0]",
         'title=it\'s $HOME \\t "quoted"',
     )
     results = project.folder / "results/digits"

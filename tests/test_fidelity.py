@@ -140,6 +140,9 @@ def test_what_a_metric_needs_of_a_reference_is_computed_once(small, tmp_path, mo
     kept.write_bytes(b"damaged")
     assert evaluate(*given)["metrics"] == first and counted.call_count == 2
     assert evaluate(*given)["metrics"] == first and counted.call_count == 2
+    kept.unlink()
+    kept.mkdir()  # nothing can be kept
+    assert evaluate(*given)["metrics"] == first and counted.call_count == 3
 
 
 # Classifier

@@ -249,6 +249,36 @@ def test_two_processes_are_killed_anyhow_and_end_in_the_same_bytes(data, tmp_pat
     }
 
 
+SLOW = """
+import time
+from study import processes
+from study.training import checkpoint
+
+make, save, processes.AFTER = checkpoint.Saver.__init__, checkpoint.save, 1.0
+checkpoint.Saver.__init__ = lambda self, folder, beside: make(self, folder, beside=True)
+checkpoint.save = lambda *given: (time.sleep(4), save(*given))
+"""
+
+
+def test_a_checkpoint_that_is_written_beside_the_training_outlasts_the_other_processes(
+    data, tmp_path
+):
+    (tmp_path / "sitecustomize.py").write_text(SLOW, encoding="utf-8")
+    process = subprocess.Popen(
+        command(data, tmp_path / "run", spec(steps=100_000), processes=2),
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for((tmp_path / "run/state/progress.json").exists)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert "stopped by SIGTERM at step" in said
+    assert (tmp_path / "run/state/checkpoint.pt").is_file()
+
+
 def test_a_mistake_that_all_processes_find_is_one_line(data, tmp_path):
     done = finish(command(data, tmp_path, spec(precision="fp16"), processes=2))
     assert done.returncode == 2

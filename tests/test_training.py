@@ -31,6 +31,7 @@ from study.training import Interrupted, checkpoint, train
 from study.training.batches import Batches
 from study.training.divergence import Watch
 from study.training.ema import Ema
+from study.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
@@ -306,29 +307,73 @@ def test_checkpoints_that_take_long_are_few(tmp_path, data, monkeypatch):
     assert saved == [1, 2, 3, 6]  # the last one is of the end
 
 
-@pytest.mark.parametrize("family", ["uvit", "patch_unet"])
-@pytest.mark.parametrize("key", ["compile", "channels_last", "cudnn_benchmark"])
-def test_a_key_of_speed_changes_rounding_alone(tmp_path, data, family, key):
-    if key == "compile" and (shutil.which("g++") is None or family != "uvit"):
-        pytest.skip("takes a C++ compiler, and time")
+def network_spec(family: str, **training):
     content = base()
     content["grid"] = {"backbone": [family], "skip_scaling": ["ls"], "target": ["dsm"]}
     options = {"embed_dim": 16, "depth": 2, "num_heads": 2}
-    content["backbones"] = {
-        family: {"options": options} if family == "uvit" else {"preset": "tiny"}
-    }
-    content["training"] = {"steps": 4, "batch": 8, "lr": 1e-3}
-    one = next(iter(runs(load(content)).values())).spec
-    compiled = torch._dynamo.utils.counters["frames"]["ok"]
+    entry = {"options": options} if family == "uvit" else {"preset": "tiny"}
+    content["backbones"] = {family: entry}
+    content["training"] = {"steps": 4, "batch": 8, "lr": 1e-3, **training}
+    return next(iter(runs(load(content)).values())).spec
+
+
+def logged(folder: Path) -> list[float]:
+    table = parquet.read_table(folder / "train/dynamics.parquet").to_pandas()
+    return table.value.tolist()
+
+
+@pytest.mark.parametrize(
+    ("key", "family"),
+    [
+        pytest.param(
+            *("compile", "uvit"),
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="takes a C++ compiler"),
+        ),
+        ("channels_last", "patch_unet"),
+        ("cudnn_benchmark", "patch_unet"),
+    ],
+)
+def test_a_key_of_speed_changes_rounding_alone(tmp_path, data, key, family):
+    one, frames = network_spec(family), torch._dynamo.utils.counters["frames"]
     run(tmp_path, data, one, "plain", machine={"log_every": 3})
+    compiled = frames["ok"]
     run(tmp_path, data, one, "fast", machine={key: True, "log_every": 3})
-    plain, fast = (
-        parquet.read_table(tmp_path / name / "train/dynamics.parquet").to_pandas()
-        for name in ("plain", "fast")
-    )
-    assert fast.value.to_numpy() == pytest.approx(plain.value.to_numpy(), rel=2e-3, abs=1e-6)
-    if key == "compile":
-        assert torch._dynamo.utils.counters["frames"]["ok"] > compiled
+    assert logged(tmp_path / "fast") == pytest.approx(logged(tmp_path / "plain"), 2e-3, 1e-6)
+    assert (frames["ok"] > compiled) == (key == "compile")
+    assert torch.backends.cudnn.benchmark == (key == "cudnn_benchmark")
+    torch.backends.cudnn.benchmark = False
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_training_goes_on_with_its_weights_in_another_order(tmp_path, data, monkeypatch, first):
+    one, stop = network_spec("patch_unet", steps=6), tmp_path / "stop"
+    run(tmp_path, data, one, "plain", machine={"log_every": 1})
+    orders = []
+    make = Trainer.__init__
+
+    def noted(self, *given):
+        make(self, *given)
+        kernel = next(p for p in self.parameters if p.dim() == 4 and min(p.shape) > 1)
+        orders.append(kernel.is_contiguous(memory_format=torch.channels_last))
+
+    monkeypatch.setattr(Trainer, "__init__", noted)
+    stop.touch()
+    machine = {"log_every": 1, "channels_last": first}
+    with pytest.raises(Interrupted):
+        run(tmp_path, data, one, "turned", machine=machine, stop_file=stop)
+    machine = {"log_every": 1, "channels_last": not first}
+    run(tmp_path, data, one, "turned", machine=machine)
+    assert orders == [first, not first]
+    assert logged(tmp_path / "turned") == pytest.approx(logged(tmp_path / "plain"), 5e-3, 1e-6)
+
+
+def test_a_network_that_cannot_be_compiled_is_one_line(tmp_path, data, monkeypatch):
+    def broken(model):
+        return torch.compile(model, backend=lambda *_: 1 / 0)
+
+    monkeypatch.setattr("study.training.trainer._compiled", broken)
+    with pytest.raises(UserError, match=r"^machine.compile: torch cannot compile .* leave compile"):
+        run(tmp_path, data, network_spec("uvit"), machine={"compile": True, "log_every": 3})
 
 
 class Recording(Archive):

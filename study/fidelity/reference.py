@@ -21,7 +21,7 @@ from study.provenance import Stopwatch, provenance
 FEATURES_FILE = "features.safetensors"
 RADII_FILE = "radii.safetensors"
 RECORD_FILE = "reference.json"
-IDENTITY = {"extractor", "precision", "resize", "dataset", "dataset_sha256", "split"}
+IDENTITY = {"extractor", "precision", "resize", "dataset", "dataset_sha256", "split", "moments"}
 
 
 class _ArchiveImages:
@@ -88,6 +88,7 @@ def make_reference(
         "channels": archive.channels,
         "precision": cls.precision,
         "resize": cls.resize,
+        "moments": "torch-fidelity",  # by whom they are computed; older folders had others
         "tool": "torch-fidelity",
         "tool_version": extractors.torch_fidelity.__version__,
     }
@@ -192,7 +193,8 @@ class Reference(Features):
             if file.metadata() == wanted:
                 return file.get_tensor("radii").to(device)
         found = super().radii(device)
-        with suppress(OSError), atomic(path) as temporary:  # a folder that only can be read
+        # In a folder that can only be read, or is full, they are computed every time.
+        with suppress(OSError, UserError, SafetensorError), atomic(path) as temporary:
             save_file({"radii": found.cpu()}, temporary, wanted)
         return found
 

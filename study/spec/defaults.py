@@ -85,7 +85,7 @@ def _merged(today: Any, known: Any) -> Any:
     """What is known, with the keys that are new today, in mappings of any depth."""
     if not isinstance(today, dict) or not isinstance(known, dict):
         return known
-    return {
+    return known | {
         key: _merged(value, known[key]) if key in known else value for key, value in today.items()
     }
 

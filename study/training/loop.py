@@ -16,7 +16,7 @@ from torch import nn
 
 from study.data import Archive
 from study.files import Stopped, write_json
-from study.network import arithmetic
+from study.network import arithmetic, repeatable
 from study.processes import listen
 from study.provenance import Stopwatch, provenance
 from study.spec.run import Spec
@@ -85,12 +85,14 @@ def train(
     trainer.resume(identity)
     wish, start = _Wish(stop_file), trainer.step  # until here there is nothing to save
     stopwatch = Stopwatch(trainer.device, before=trainer.seconds)
-    reason = _advance(trainer, identity, stopwatch, wish)
+    # Around all steps: batches that are made meanwhile are part of the numbers, too.
+    with arithmetic(spec.training.precision), repeatable(strict=False):
+        reason = _advance(trainer, identity, stopwatch, wish)
     if reason is None and not _is_sound(trainer.backbone):
         reason = "non-finite weights"
     if reason is None and trainer.step > start:
         trainer.save(identity)
-    trainer.saver.wait()
+    trainer.wait()
     status = {
         "status": "done" if reason is None else "diverged",
         "step": trainer.step,
@@ -127,9 +129,8 @@ def _advance(
     saving, logged, begun = time.monotonic() + every, trainer.step, time.perf_counter()
     reason = None
     while trainer.step < steps and reason is None:
-        with arithmetic(trainer.settings.precision):
-            due = trainer.main and time.monotonic() > saving
-            reason = trainer.advance(stop=bool(wish), due=due)
+        due = trainer.main and time.monotonic() > saving
+        reason = trainer.advance(stop=bool(wish), due=due)
         trainer.seconds = stopwatch.seconds
         progress(trainer.step, trainer.watch.last_finite.get("loss", math.nan))
         if trainer.step - logged >= trainer.log.every:
@@ -140,9 +141,10 @@ def _advance(
         if reason is not None:
             break
         trainer.keep()
-        if trainer.asked and trainer.step < steps:
+        alone = trainer.accelerator.num_processes == 1
+        if (trainer.asked or (alone and wish)) and trainer.step < steps:
             trainer.save(identity)
-            trainer.saver.wait()
+            trainer.wait()
             trainer.accelerator.end_training()
             progress.bar.close()
             raise Interrupted(

@@ -70,6 +70,11 @@ def _accelerator(precision: str, idle_parameters: bool) -> Accelerator:
     return accelerator
 
 
+def _compiled(model: Any) -> Any:
+    torch._inductor.config.fallback_random = True  # the masks of dropout stay those of the seed
+    return torch.compile(model)
+
+
 def _share(batch: int, accelerator: Accelerator) -> slice:
     processes = accelerator.num_processes
     if batch % processes:
@@ -116,7 +121,7 @@ class Trainer:
         self.averages = {name: Ema(self.backbone) for name in spec.averages}
         optimizer = _optimizer(self.settings, self._parameter_groups())
         self.model, self.optimizer = self.accelerator.prepare(self.backbone, optimizer)
-        self.fast = torch.compile(self.model) if machine.get("compile") else self.model
+        self.fast = _compiled(self.model) if machine.get("compile") else self.model
         self.parameters = list(self.backbone.parameters())
         self.blocks = Blocks(self.backbone)
         fp16 = self.settings.precision == "fp16"
@@ -188,6 +193,11 @@ class Trainer:
             self.saver.save(identity, state)
         self.accelerator.wait_for_everyone()
 
+    def wait(self) -> None:
+        """Until what was to be saved is written, in all processes: the first one writes."""
+        self.saver.wait()
+        self.accelerator.wait_for_everyone()
+
     def resume(self, identity: dict[str, Any]) -> None:
         """Continue from the checkpoint of this identity, or else of another run of its lineage."""
         try:
@@ -223,6 +233,10 @@ class Trainer:
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name])
         self.optimizer.load_state_dict(state["optimizer"])
+        for parameter, moments in self.optimizer.state.items():
+            for name, values in moments.items():
+                if values.shape == parameter.shape:  # whatever order of memory it was saved in
+                    moments[name] = torch.empty_like(parameter).copy_(values)
         if state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.watch.load_state_dict(state["watch"])
@@ -339,8 +353,8 @@ class Trainer:
 
         This is where a step waits for the device, once; what all processes wish is known then.
         """
-        *values, norm = torch.cat([rows.flatten(), norm.reshape(1)]).cpu().split([rows.numel(), 1])
-        rows = values[0].view(rows.shape)
+        numbers = torch.cat([rows.flatten(), norm.reshape(1).to(rows)]).cpu()
+        rows, norm = numbers[:-1].view(rows.shape), numbers[-1]
         size = self.settings.batch // len(rows)
         sigma, losses, wishes = rows.split([size, size, 2], dim=1)
         self.asked, self.due = wishes.bool().any(0).tolist()
@@ -365,7 +379,15 @@ class Trainer:
         try:
             with repeatable(self.strict), watching as observer:
                 return observer, self._backward(model, logs, wishes)
-        except RuntimeError as error:
+        except Exception as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"machine.compile: torch cannot compile this network here ({reason}); leave "
+                    "compile out"
+                ) from None
+            if not isinstance(error, RuntimeError):
+                raise
             if not self.strict or "determinis" not in str(error):
                 raise
             reason = str(error).partition(",")[0]
