@@ -39,9 +39,10 @@ def fast_orders(steps: int) -> list[int]:
 
 
 class Point(NamedTuple):
-    """A point of an outer step: time, alpha and s there, lambda relative to the step's start."""
+    """A point of an outer step: the network's noise level, alpha and s there, lambda relative to
+    the step's start."""
 
-    t: float
+    sigma: Tensor
     alpha: float
     s: float
     h: float
@@ -60,8 +61,8 @@ def advance(
         carry, other, h = end.s / start.s, end.alpha, -end.h
     else:
         carry, other, h = end.alpha / start.alpha, end.s, end.h
-    x = carry * x - other * math.expm1(h) * prediction
-    return x if slope is None else x - other * (math.expm1(h) - h) * slope
+    x = (carry * x).sub_(prediction, alpha=other * math.expm1(h))
+    return x if slope is None else x.sub_(slope, alpha=other * (math.expm1(h) - h))
 
 
 class DPMSolver(Sampler):
@@ -111,7 +112,9 @@ class DPMSolver(Sampler):
             ts = torch.cat([begin[None], inner, end[None]])
             hs = torch.cat([torch.zeros_like(low)[None], offsets, (high - low)[None]])
             alphas, s = process.scales(ts)
-            first, *middle, last = map(Point, ts.tolist(), alphas.tolist(), s.tolist(), hs.tolist())
+            # The network's own noise, whatever the precision of the solver's schedule.
+            sigmas = process.sigma(ts.double()).unbind()
+            first, *middle, last = map(Point, sigmas, alphas.tolist(), s.tolist(), hs.tolist())
             yield first, middle, last
 
     def states(
@@ -129,12 +132,13 @@ class DPMSolver(Sampler):
 
         def predict(x: Tensor, point: Point) -> tuple[Tensor, Tensor]:
             """The prediction that the solver works with, and the clean image."""
-            # The network's own noise, whatever the precision of the solver's schedule.
-            sigma = process.sigma(torch.tensor(point.t, dtype=torch.float64))
-            scaled = x * math.sqrt(1 + float(sigma) ** 2)
-            denoised = evaluate(denoiser, scaled, sigma, labels)
-            eps = (scaled - denoised) / float(sigma)
-            return (x - point.s * eps) / point.alpha if data else eps, denoised
+            sigma = float(point.sigma)
+            scaled = x * math.sqrt(1 + sigma**2)
+            denoised = evaluate(denoiser, scaled, point.sigma, labels)
+            eps = (scaled - denoised).div_(sigma)
+            if data:
+                eps = torch.sub(x, eps, alpha=point.s).div_(point.alpha)
+            return eps, denoised
 
         for start, inner, end in self.steps(process, self.times(denoiser)):
             first, denoised = predict(x, start)
@@ -142,7 +146,7 @@ class DPMSolver(Sampler):
             for point in inner:
                 there = advance(x, first, slope, start, point, data)
                 second, denoised = predict(there, point)
-                slope = (second - first) / (sign * point.h)
+                slope = second.sub_(first).div_(sign * point.h)
             if len(inner) == 1:
                 # The published second-order step takes the prediction half-way up the line for
                 # the whole step; the exact integral of the line differs in the third order.
