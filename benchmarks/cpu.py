@@ -191,7 +191,11 @@ def features_of(count: int, shift: float, seed: int) -> Tensor:
     draw = torch.Generator().manual_seed(0)
     mixing = torch.randn(2048, 2048, generator=draw) / 45
     draw.manual_seed(seed)
-    return (torch.randn(count, 2048, generator=draw) @ mixing + shift).relu_()
+    features = torch.empty(count, 2048)
+    for rows in features.split(1000):
+        torch.mm(torch.randn(len(rows), 2048, generator=draw), mixing, out=rows)
+        rows.add_(shift).relu_()
+    return features
 
 
 def evaluation(rows: Rows, bench: Bench, tiny: bool) -> None:
