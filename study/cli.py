@@ -160,6 +160,28 @@ def reference(
 
 
 @app.command(rich_help_panel=STAGES)
+def points(
+    data: Data,
+    reference: Annotated[Path, typer.Option(help="Folder that `study reference` made.")],
+    out: Out,
+    images: Annotated[
+        int | None, typer.Option(min=2, help="As many as samples.  [default: the data set's]")
+    ] = None,
+    metrics: Annotated[str, typer.Option(help="Which, with commas between.")] = "fd,kid,is,prc",
+    code: Annotated[str | None, typer.Option(help="Digest of the measuring code.")] = None,
+    threads: Threads = None,
+    gpus: Gpus = None,
+) -> None:
+    """Measure what numbers mean: real images, a Gaussian fitted to the pixels, noise."""
+    processing.set_threads(threads)
+    from study.fidelity.points import reference_points
+
+    wanted = tuple(filter(None, metrics.split(",")))
+    with _alone_with(out), _device(gpus):
+        reference_points(data, reference, out, images=images, metrics=wanted, code=code)
+
+
+@app.command(rich_help_panel=STAGES)
 def train(
     spec: Spec,
     data: Data,

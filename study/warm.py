@@ -41,7 +41,7 @@ from study.processes import (
 WORKFLOW = "LONGSKIP_WARM"
 """Set by a workflow for jobs that may be handed over: its process's number. Empty: none may."""
 
-STAGES = {"train", "generate", "evaluate", "probe"}
+STAGES = {"train", "generate", "evaluate", "points", "probe"}
 """Those with many jobs in a study."""
 
 MODULES = (

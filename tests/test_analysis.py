@@ -26,7 +26,7 @@ from study.analysis.figures import base as figures_base
 from study.analysis.figures.samples import read_samples
 from study.analysis.names import MetricName
 from study.analysis.notebook import run_notebook
-from study.analysis.report import origins
+from study.analysis.report import answers, origins
 from study.analysis.report.page import report
 from study.analysis.report.study import Study
 from study.analysis.tables.aggregate import aggregate
@@ -895,3 +895,51 @@ def test_every_figure_and_table_of_the_workflow_has_a_caption():
     ):
         assert name in TABLES
         assert (ROOT / "workflow" / "report" / f"{name}.rst").is_file()
+
+
+# --- reference points ------------------------------------------------------------------------
+
+
+def with_points(manifest: Path, gaussian: float, **changed) -> Tables:
+    """The tables of a study that knows what numbers mean."""
+    tables = gather(manifest)
+    identity = tables.identity(METRIC)
+    reference = {
+        "dataset": identity["reference"],
+        "dataset_sha256": identity["reference_sha256"],
+        "extractor": identity["extractor"],
+        "extractor_sha256": identity["extractor_sha256"],
+    }
+    record = {
+        "reference": reference | changed,
+        "images": 1797,
+        "metrics": {"fd": METRIC},
+        "points": {"real": {"fd": 1e-12}, "gaussian": {"fd": gaussian}, "noise": {"fd": 90.0}},
+    }
+    folder = manifest.parent / "points"
+    folder.mkdir(exist_ok=True)
+    (folder / "digits.digits-all.json").write_text(json.dumps(record), encoding="utf-8")
+    return gather(manifest)
+
+
+def test_numbers_stand_beside_those_of_real_images_a_gaussian_and_noise(tmp_path):
+    manifest = small(tmp_path)
+    means = gather(manifest).summary.query("metric == @METRIC").groupby("line")["mean"].min()
+    limit = means.sort_values().mean()  # between the two backbones
+    tables = with_points(manifest, limit)
+    assert tables.meaning(METRIC) == {"real": 1e-12, "gaussian": pytest.approx(limit), "noise": 90}
+    assert tables.meaning("kid_digits_1797") == {}
+    (said,) = answers.meaning(Study(json.loads(manifest.read_text()), tables))
+    assert "real images 0, a Gaussian fitted to their pixels" in said
+    worse = style.line_label(means.idxmax())
+    assert f"No arm of {worse} is better than the Gaussian" in said
+    assert answers.beaten(tables, METRIC, {"gaussian": 1e9}) == []
+    assert len(answers.beaten(tables, METRIC, {"gaussian": 0.0})) == 2
+    figure = figures.quality.quality_heatmap(tables)
+    assert any("For comparison: real images 0" in text.get_text() for text in figure.texts)
+
+
+def test_points_of_another_reference_say_nothing(tmp_path):
+    tables = with_points(small(tmp_path), 5.0, dataset_sha256="of other images")
+    assert tables.meaning(METRIC) == {} and len(tables.points) == 3
+    assert answers.meaning(Study({"study": "x", "runs": []}, tables)) == []

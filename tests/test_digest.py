@@ -133,7 +133,7 @@ def test_another_source_is_not_part_of_a_conversion(tmp_path):
 
 
 def test_every_stage_has_code():
-    stages = "extractor reference train generate evaluate aggregate figures notebook report"
+    stages = "extractor reference train generate evaluate points aggregate figures notebook report"
     for verb in stages.split():
         assert len(digest.stage(verb)) == 16
         assert digest._verbs()[verb], verb

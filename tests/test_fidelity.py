@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from study.data import Archive
 from study.data.archive import encode_png
 from study.data.convert import convert
-from study.fidelity import classifier, extractors, neighbours
+from study.fidelity import classifier, extractors, neighbours, points
 from study.fidelity import evaluate as evaluation
 from study.fidelity import reference as references
 from study.fidelity.evaluate import evaluate, measure, metric_name
@@ -143,6 +143,47 @@ def test_what_a_metric_needs_of_a_reference_is_computed_once(small, tmp_path, mo
     kept.unlink()
     kept.mkdir()  # nothing can be kept
     assert evaluate(*given)["metrics"] == first and counted.call_count == 3
+
+
+# Reference points
+
+
+def test_reference_points_rank_as_they_must(digits, trained, tmp_path):
+    make_reference(digits, "digits", trained[0], tmp_path / "reference")
+    given = digits, tmp_path / "reference", tmp_path / "points.json"
+    found = points.reference_points(*given, images=400, metrics=("fd", "prc"))["points"]
+    assert 0.1 < found["real"]["fd"] < 1
+    assert 10 < found["gaussian"]["fd"] < 20 < found["noise"]["fd"] < 40
+    assert found["real"]["recall"] > found["gaussian"]["recall"] > found["noise"]["recall"]
+    whole = points.reference_points(*given, metrics=("fd",))
+    assert whole["images"] == 1797 and abs(whole["points"]["real"]["fd"]) < 1e-6
+    assert whole["metrics"] == {"fd": "fd_digits_1797"}
+
+
+def test_a_gaussian_has_the_moments_of_the_pixels(small):
+    images, path, _ = small
+    archive = Archive(path)
+    drawn = points._Drawn(4000, points.gaussian(archive, 0))
+    rows, pixels = drawn[0:4000].reshape(4000, -1), images.reshape(300, -1)
+    middle = (pixels.mean(0) > 60) & (pixels.mean(0) < 200)  # where little is clipped
+    assert np.abs(rows.mean(0) - pixels.mean(0))[middle].max() < 12
+    ratio = rows.std(0)[middle] / pixels.std(0)[middle]
+    assert ratio.min() > 0.75 and ratio.max() < 1.1  # clipping takes some
+    own, theirs = (np.corrcoef(one[:, middle].T) for one in (rows, pixels))
+    assert np.abs(own - theirs).max() < 0.15
+    assert np.array_equal(drawn[5:7], drawn[0:9][5:7])  # an image is a function of its number
+
+
+def test_real_images_come_once_before_any_comes_twice(small):
+    images, path, _ = small
+    real = points._Drawn(300, points.real(Archive(path), 0))[0:300]
+    assert not np.array_equal(real, images)
+    assert sorted(one.tobytes() for one in real) == sorted(one.tobytes() for one in images)
+
+
+def test_points_of_other_images_are_refused(small, digits, tmp_path):
+    with pytest.raises(UserError, match="a reference of other images than those of"):
+        points.reference_points(digits, small[2], tmp_path / "points.json")
 
 
 # Classifier

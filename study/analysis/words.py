@@ -126,3 +126,19 @@ def visible(factors: Iterable[float], words: str) -> str:
     """``words`` with the median of the detectable factors; nothing where none is known."""
     median = pd.Series(factors, dtype=float).median()
     return "" if pd.isna(median) else words.format(f"{median:.3g}")
+
+
+def points_text(points: Mapping[str, float]) -> str:
+    """What images that are no network's have, in words."""
+    names = {
+        "real": "real images",
+        "gaussian": "a Gaussian fitted to their pixels",
+        "noise": "uniform noise",
+    }
+    said = [
+        # Of all images of a data set rounding alone is left.
+        f"{words} {short(points[name]) if abs(points[name]) > 1e-6 else '0'}"
+        for name, words in names.items()
+        if name in points
+    ]
+    return ", ".join(said)

@@ -7,6 +7,7 @@ rule aggregate:
         status=collect(f"{RUN}/train/status.json", run=CHOSEN),
         samples=facts_of(CHOSEN),
         metrics=metrics_of(CHOSEN),
+        points=collect(f"{RESULTS}/points/{{point}}.json", point=POINTED),
         probes=[path for kind in PROBED for path in probe_results(kind)],
     output:
         summary=report(
@@ -50,6 +51,7 @@ rule aggregate:
         metrics=f"{TABLES}/metrics.csv",
         measurements=f"{TABLES}/measurements.csv",
         curves=f"{TABLES}/curves.csv",
+        points=f"{TABLES}/points.csv",
         identities=f"{TABLES}/identities.csv",
         dynamics=f"{TABLES}/dynamics.parquet",
         oscillation=f"{TABLES}/oscillation.csv",

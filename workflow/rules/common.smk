@@ -139,6 +139,7 @@ wildcard_constraints:
     measurement=MEASUREMENT_PATTERN,
     dataset=any_of(DATA),
     reference=any_of(REFERENCES),
+    images=r"all|\d+",
     notebook=r"[A-Za-z0-9_.-]+",
 
 

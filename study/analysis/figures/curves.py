@@ -169,6 +169,7 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
                 _draw_line(axes, own, target, colours, name)
                 crosses |= name == "training" and _draw_cross(axes, own)
             _scale(axes, rows, name)
+            _draw_gaussian(axes, tables.meaning(setting.metric).get("gaussian"))
             axes.set_xlabel(setting.axis.label)
             axes.tick_params(labelbottom=True)
         for axes in first[number]:
@@ -177,6 +178,25 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     arms = tables.only(arm=[*every["arm"], *pd.concat(levels)["arm"]])
     arm_legend(fig, arms, diverged=crosses)
     return fig
+
+
+def _draw_gaussian(axes: Any, value: float | None) -> None:
+    """Where a Gaussian fitted to the pixels stands, if that is near the lines."""
+    low, high = axes.get_ylim()
+    room = 0.3 * (high - low)
+    if value is None or not low - room <= value <= high + room:
+        return
+    axes.axhline(value, color="#777", lw=0.9, ls=(0, (1, 1.5)), zorder=0)
+    axes.annotate(
+        "Gaussian",
+        (1, value),
+        xycoords=("axes fraction", "data"),
+        xytext=(-2, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=5.5,
+        color="#555",
+    )
 
 
 def _draw_line(axes: Any, rows: pd.DataFrame, target: str, colours: dict, name: str) -> None:

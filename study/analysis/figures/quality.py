@@ -22,7 +22,7 @@ from study.analysis.figures.base import (
     text_figure,
 )
 from study.analysis.tables.read import Tables
-from study.analysis.words import absent, short
+from study.analysis.words import absent, points_text, short
 from study.files import UserError
 
 
@@ -44,7 +44,7 @@ def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
             parts,
             "Cells: mean over the runs that finished, below it the 95 % bootstrap interval of "
             f"the mean (n > 1). {f'{side} is better; a' if len(parts) == 1 else 'A'} frame marks "
-            "each row's best mean in a panel, which is not a test.",
+            f"each row's best mean in a panel, which is not a test. {_meaning(parts)}",
         ),
     )
     cells = len(parts) * len(targets)
@@ -57,6 +57,17 @@ def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
             strip[0].set_title(f"{words}\n{strip[0].get_title('left')}".strip(), loc="left")
     headline(fig, "Quality" if len(parts) > 1 else f"{parts[0].label} ({side.lower()} is better)")
     return fig
+
+
+def _meaning(parts: list[Part]) -> str:
+    """What the numbers mean: those of images that are no network's."""
+    said = [points_text(part.tables.meaning(part.metric)) for part in parts]
+    said = [
+        (f"{part.name}: " if len(parts) > 1 else "") + text
+        for part, text in zip(parts, said, strict=True)
+        if text
+    ]
+    return f"For comparison: {'; '.join(said)}." if said else ""
 
 
 def _summary(part: Part) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """What came out, and what cannot be said? The numbers behind the first screen of the page."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -9,7 +10,7 @@ from study.analysis.report.study import Study
 from study.analysis.tables.read import Tables
 from study.analysis.verdicts import long_skips, patch_diffusion, scaling_laws, stf
 from study.analysis.verdicts.base import CONVERGED, Verdict
-from study.analysis.words import enumerate_words, interval, p_text, short, signed
+from study.analysis.words import enumerate_words, interval, p_text, points_text, short, signed
 
 
 def partial(study: Study) -> list[dict[str, str]]:
@@ -49,6 +50,40 @@ def missing(study: Study, most: int = 6) -> dict[str, Any]:
         "which": words[:most],
         "more": len(words[most:]),
     }
+
+
+def meaning(study: Study) -> list[str]:
+    """What the leading metric's numbers mean, and which backbones are no better than a Gaussian."""
+    several = len(study.parts) > 1
+    answer = []
+    for part, metric in study.parts:
+        points = part.meaning(metric)
+        if not points:
+            continue
+        label = style.metric_label(metric) + (
+            f" on {part.runs['dataset'].iloc[0]}" if several else ""
+        )
+        words = f"{label}: {points_text(points)}."
+        lines = beaten(part, metric, points)
+        if lines:
+            whole = [style.line_label(line) for line in lines]
+            words += (
+                f" No arm of {enumerate_words(whole)} is better than the Gaussian: their order says"
+                " nothing about good images."
+            )
+        answer.append(words)
+    return answer
+
+
+def beaten(tables: Tables, metric: str, points: Mapping[str, float]) -> list[str]:
+    """The backbones of which no arm's mean is better than the Gaussian."""
+    limit, rows = points.get("gaussian"), tables.summary
+    rows = rows[(rows["metric"] == metric) & rows["mean"].notna()]
+    if limit is None or rows.empty:
+        return []
+    sign = 1 if rows["better"].iloc[0] == "lower" else -1
+    best = (sign * rows["mean"]).groupby(rows["line"]).min()
+    return style.order_lines(best[best >= sign * limit].index.to_series())
 
 
 def outcome(study: Study) -> dict[str, Any]:

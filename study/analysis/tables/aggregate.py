@@ -20,6 +20,7 @@ from study.analysis.tables.found import Found, labels
 from study.analysis.tables.measurements import measurement_rows
 from study.analysis.tables.measures import measure_rows
 from study.analysis.tables.metrics import metric_rows
+from study.analysis.tables.points import point_rows
 from study.analysis.tables.probes import probes
 from study.analysis.tables.quality import comparison_rows, summary_rows
 from study.analysis.tables.runs import cost_row, run_row
@@ -85,6 +86,7 @@ def _gather(
         "comparisons": comparison_rows(specs, seeds, metrics),
         "measurements": measurements,
         "curves": curve_rows(measurements, found, probed.get("cost")),
+        "points": point_rows(results),
         "cost": [cost_row(one, label[one.run]) for one in found],
         "oscillation": oscillation,
         "measures": measures,

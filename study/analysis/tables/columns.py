@@ -33,6 +33,9 @@ COLUMNS = {
         guidance_kind guidance_scale labels images extractor metric base identity better kappa
         reference_batch macs parameters sampling_seeds n mean ci_low ci_high n_runs n_diverged
         n_missing n_not_measured n_otherwise"""),
+    "points": _names("""
+        point metric base better reference reference_sha256 extractor extractor_sha256 images
+        value"""),
     "cost": _names("""
         run {arm} seed status device parameters skips steps images_seen nfe train_seconds
         train_images_per_second median_step_seconds train_peak_memory_mib generated_images
@@ -66,6 +69,6 @@ NUMBERS = set(
         spread guidance_scale kappa macs""")
 )
 TABLES = (
-    *("runs", "metrics", "identities", "summary", "comparisons", "measurements", "curves", "cost"),
-    *("oscillation", "measures", "stability", "stability_pairs", "qc"),
+    *("runs", "metrics", "identities", "summary", "comparisons", "measurements", "curves"),
+    *("points", "cost", "oscillation", "measures", "stability", "stability_pairs", "qc"),
 )

@@ -28,6 +28,7 @@ class Tables:
     comparisons: pd.DataFrame
     measurements: pd.DataFrame
     curves: pd.DataFrame
+    points: pd.DataFrame
     cost: pd.DataFrame
     oscillation: pd.DataFrame
     measures: pd.DataFrame
@@ -80,7 +81,8 @@ class Tables:
         changed: dict[str, Any] = {"runs": runs}
         for part in fields(self):
             frame = getattr(self, part.name)
-            if part.name in ("runs", "qc", "identities") or not isinstance(frame, pd.DataFrame):
+            whole = part.name in ("runs", "qc", "identities", "points")
+            if whole or not isinstance(frame, pd.DataFrame):
                 continue
             column = "run" if "run" in frame.columns else "arm"
             changed[part.name] = frame[frame[column].isin(set(runs[column]))]
@@ -141,6 +143,20 @@ class Tables:
         place = [ways.index(name) + len(ways) * none for name, none in zip(rows["metric"], empty)]
         ordered = rows.iloc[np.argsort(place, kind="stable")]
         return ordered.drop_duplicates("arm").sort_index()
+
+    def meaning(self, metric: str) -> dict[str, float]:
+        """What real images, a Gaussian fitted to the pixels, and noise have on a metric.
+
+        Of the same reference, extractor and number of images; empty where it was not measured.
+        """
+        own, name = self.identity(metric), replace(MetricName.parse(metric), way="")
+        wanted = (name, own.get("reference_sha256"), own.get("extractor_sha256", ""))
+        return {
+            row.point: row.value
+            for row in self.points.itertuples()
+            if pd.notna(row.value)
+            and (MetricName.parse(row.metric), row.reference_sha256, row.extractor_sha256) == wanted
+        }
 
     def identity(self, metric: str) -> dict[str, Any]:
         """The fields of a metric's identity; empty where nothing was measured."""
