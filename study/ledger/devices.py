@@ -116,25 +116,26 @@ def alone(folder: str | Path, name: str = "lock") -> Iterator[None]:
     path = Path(folder) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + PATIENCE
-    while (file := _claim(path)) is None:
+    while (claimed := _claim(path)) is None:
         if time.monotonic() > end:
             raise Busy(f"another job has {folder} ({_holder(path)}); this one leaves")
         time.sleep(0.1)
+    file, own = claimed
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, ended), name="study-lock", daemon=True)
-    beating.start()
+    beat = threading.Thread(target=_beat, args=(path, own, ended), name="study-lock", daemon=True)
+    beat.start()
     try:
         sweep(folder)
         yield
     finally:
         ended.set()
-        beating.join()
+        beat.join()
         path.unlink(missing_ok=True)
         file.close()
 
 
-def _claim(path: Path) -> IO[bytes] | None:
-    """Take the lock file ``path`` unless another living process has it."""
+def _claim(path: Path) -> tuple[IO[bytes], bytes] | None:
+    """Take the lock file ``path``, and what it now says, unless another living process has it."""
     file = path.open("a+b")
     os.set_inheritable(file.fileno(), True)  # as with GPU slots
     told = True
@@ -154,9 +155,10 @@ def _claim(path: Path) -> IO[bytes] | None:
         return None
     file.truncate(0)
     own = {"host": socket.gethostname(), "pid": os.getpid(), "since": round(time.time(), 3)}
-    file.write(json.dumps(own).encode())
+    text = json.dumps(own).encode()
+    file.write(text)
     file.flush()
-    return file
+    return file, text
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -198,9 +200,8 @@ def _holder(path: Path) -> str:
     return text
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, own: bytes, ended: threading.Event) -> None:
     """Give signs of life; end this process where somebody else has taken the lock."""
-    own = path.read_bytes()
     while not ended.wait(BEAT):
         try:
             lost = path.read_bytes() != own

@@ -115,6 +115,23 @@ def of_reference(wildcards):
 PLANNED = {(run.name, one.name): one for run in RUNS.values() for one in run.measurements}
 
 
+def points_asked(runs):
+    """By what numbers stand beside these runs': reference, images; which metrics they are."""
+    asked = {}
+    for run in runs:
+        dataset = STUDY.data[RUNS[run].spec.dataset.name]
+        for one in RUNS[run].measurements:
+            for kind, metrics in one.extractors.items():
+                key = reference_of(dataset, kind), one.cell.images or "all"
+                asked[key] = {**asked.get(key, {}), **dict.fromkeys(metrics)}
+    return {
+        f"{reference}-{images}": ",".join(asked[reference, images]) for reference, images in asked
+    }
+
+
+POINTED = points_asked(CHOSEN)
+
+
 def extractor_weights(kind, dataset):
     """The classifier that a study trains on a data set, where that is the extractor."""
     return [CLASSIFIER.format(dataset=dataset)] if kind == "digits" else []

@@ -61,3 +61,26 @@ rule reference:
         code=digest.stage("reference"),
     shell:
         "python -m study reference --data {input.data} --extractor {params.extractor} --weights={input.weights:q}{resources.weights:q} --out {params.out} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
+
+
+rule points:
+    input:
+        data=lambda wildcards: ancient(archive_of(of_reference(wildcards)[0])),
+        reference=f"{REFERENCE}/reference.json",
+        features=f"{REFERENCE}/features.safetensors",
+    output:
+        points=f"{RESULTS}/points/{{reference}}-{{images}}.json",
+    log:
+        f"{RESULTS}/logs/points-{{reference}}-{{images}}.log",
+    conda:
+        "../../envs/compute.yaml"
+    threads: STUDY.machine.threads
+    resources:
+        gpu=min(1, GPUS),
+    params:
+        reference=subpath(input.reference, parent=True),
+        metrics=lambda wildcards: POINTED[f"{wildcards.reference}-{wildcards.images}"],
+        images=lambda wildcards: "" if wildcards.images == "all" else f"--images {wildcards.images}",
+        code=digest.stage("points"),
+    shell:
+        "python -m study points --data {input.data} --reference {params.reference} {params.images} --metrics {params.metrics} --code {params.code} --out {output.points} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"

@@ -131,46 +131,6 @@ for kind in STUDY.extractors:
             "python -m study evaluate --samples {input.samples} --reference {params.reference} --protocol {params.protocol:q} --code {params.code} --out {output.metrics} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
 
 
-def points_asked(runs):
-    """By what numbers stand beside these runs': reference, images; which metrics they are."""
-    asked = {}
-    for run in runs:
-        dataset = STUDY.data[RUNS[run].spec.dataset.name]
-        for one in RUNS[run].measurements:
-            for kind, metrics in one.extractors.items():
-                key = reference_of(dataset, kind), one.cell.images or "all"
-                asked[key] = {**asked.get(key, {}), **dict.fromkeys(metrics)}
-    return {
-        f"{reference}-{images}": ",".join(asked[reference, images]) for reference, images in asked
-    }
-
-
-POINTED = points_asked(CHOSEN)
-
-
-rule points:
-    input:
-        data=lambda wildcards: ancient(archive_of(of_reference(wildcards)[0])),
-        reference=f"{REFERENCE}/reference.json",
-        features=f"{REFERENCE}/features.safetensors",
-    output:
-        points=f"{RESULTS}/points/{{reference}}-{{images}}.json",
-    log:
-        f"{RESULTS}/logs/points-{{reference}}-{{images}}.log",
-    conda:
-        "../../envs/compute.yaml"
-    threads: STUDY.machine.threads
-    resources:
-        gpu=min(1, GPUS),
-    params:
-        reference=subpath(input.reference, parent=True),
-        metrics=lambda wildcards: POINTED[f"{wildcards.reference}-{wildcards.images}"],
-        images=lambda wildcards: "" if wildcards.images == "all" else f"--images {wildcards.images}",
-        code=digest.stage("points"),
-    shell:
-        "python -m study points --data {input.data} --reference {params.reference} {params.images} --metrics {params.metrics} --code {params.code} --out {output.points} --threads {threads} --gpus {resources.gpu} > {log} 2>&1"
-
-
 def facts_of(runs):
     """What says how samples were made, of all measurements of these runs."""
     return [
