@@ -149,6 +149,8 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     shown = found[:MOST]
     if len(found) > MOST:
         more += f" {count(len(found) - MOST, 'more setting')} in tables/curves.csv."
+    if any(tables.meaning(setting.metric) for setting in shown):
+        more += " Dotted, where it is near: a Gaussian fitted to the pixels."
     every = pd.concat([setting.rows for setting in shown])
     levels = [_levels(tables, one) if name == "reference" else one.rows[:0] for one in shown]
     lines = style.order_lines(every["line"])
