@@ -49,7 +49,9 @@ Out = Annotated[Path, typer.Option(help="What to write.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 Gpus = Annotated[
     int | None,
-    typer.Option(min=0, help="GPUs to take from this machine's free ones; 0 = CPU.  [default: 1]"),
+    typer.Option(
+        min=0, help=r"GPUs to take from this machine's free ones; 0 = CPU.  \[default: 1]"
+    ),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="The extractor's weights; empty = its own download.")
@@ -165,7 +167,7 @@ def points(
     reference: Annotated[Path, typer.Option(help="Folder that `study reference` made.")],
     out: Out,
     images: Annotated[
-        int | None, typer.Option(min=2, help="As many as samples.  [default: the data set's]")
+        int | None, typer.Option(min=2, help=r"As many as samples.  \[default: the data set's]")
     ] = None,
     metrics: Annotated[str, typer.Option(help="Which, with commas between.")] = "fd,kid,is,prc",
     code: Annotated[str | None, typer.Option(help="Digest of the measuring code.")] = None,
@@ -438,11 +440,11 @@ def provenance(
 def plan(
     config: Config = Path("config.yaml"),
     arms: Annotated[
-        bool | None, typer.Option(help="A row for each arm.  [default: up to 200 runs]")
+        bool | None, typer.Option(help=r"A row for each arm.  \[default: up to 200 runs]")
     ] = None,
     count: Annotated[
         bool | None,
-        typer.Option(help="Count parameters and operations.  [default: up to 200 runs]"),
+        typer.Option(help=r"Count parameters and operations.  \[default: up to 200 runs]"),
     ] = None,
     only: Only = None,
 ) -> None:
@@ -504,7 +506,7 @@ def import_(
         str | None, typer.Option(help="Constant scalings leave no trace in a file: cs(0.5), ...")
     ] = None,
     formulation: Annotated[
-        str | None, typer.Option(help="Kind, or JSON with options.  [default: the published one]")
+        str | None, typer.Option(help=r"Kind, or JSON with options.  \[default: the published one]")
     ] = None,
 ) -> None:
     """Turn an official checkpoint into a run, without executing anything in it."""

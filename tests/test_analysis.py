@@ -927,9 +927,13 @@ def test_numbers_stand_beside_those_of_real_images_a_gaussian_and_noise(tmp_path
     means = gather(manifest).summary.query("metric == @METRIC").groupby("line")["mean"].min()
     limit = means.sort_values().mean()  # between the two backbones
     tables = with_points(manifest, limit)
-    assert tables.meaning(METRIC) == {"real": 1e-12, "gaussian": pytest.approx(limit), "noise": 90}
-    assert tables.meaning("kid_digits_1797") == {}
-    (said,) = answers.meaning(Study(json.loads(manifest.read_text()), tables))
+    assert tables.reference_points(METRIC) == {
+        "real": 1e-12,
+        "gaussian": pytest.approx(limit),
+        "noise": 90,
+    }
+    assert tables.reference_points("kid_digits_1797") == {}
+    (said,) = answers.reference_points(Study(json.loads(manifest.read_text()), tables))
     assert "real images 0, a Gaussian fitted to their pixels" in said
     worse = style.line_label(means.idxmax())
     assert f"No arm of {worse} is better than the Gaussian" in said
@@ -941,5 +945,5 @@ def test_numbers_stand_beside_those_of_real_images_a_gaussian_and_noise(tmp_path
 
 def test_points_of_another_reference_say_nothing(tmp_path):
     tables = with_points(small(tmp_path), 5.0, dataset_sha256="of other images")
-    assert tables.meaning(METRIC) == {} and len(tables.points) == 3
-    assert answers.meaning(Study({"study": "x", "runs": []}, tables)) == []
+    assert tables.reference_points(METRIC) == {} and len(tables.points) == 3
+    assert answers.reference_points(Study({"study": "x", "runs": []}, tables)) == []

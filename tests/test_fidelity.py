@@ -182,8 +182,11 @@ def test_real_images_come_once_before_any_comes_twice(small):
 
 
 def test_points_of_other_images_are_refused(small, digits, tmp_path):
+    given = small[2], tmp_path / "points.json"
     with pytest.raises(UserError, match="a reference of other images than those of"):
-        points.reference_points(digits, small[2], tmp_path / "points.json")
+        points.reference_points(digits, *given)
+    with pytest.raises(UserError, match=r"no metric 'foo'; there are fd, kid, is, prc"):
+        points.reference_points(small[1], *given, metrics=("fd", "foo"))
 
 
 # Classifier

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from conftest import Project
 from miniature import base, measured
 from pydantic import BaseModel
+from rich.text import Text
 
 from study import cli
 from study.arms import runs
@@ -613,3 +615,14 @@ def test_a_missing_weights_file_ends_the_dry_run_with_its_name(project: Project)
     assert done.returncode
     last = done.stderr.splitlines()[-1]
     assert last == "study: extractor inception: weights: /no/where.pth: no such file or folder"
+
+
+def test_no_word_of_the_help_is_taken_for_markup():
+    """In rich's markup ``[default: 1]`` is a style, and not shown."""
+    lost = []
+    for name, verb in typer.main.get_command(cli.app).commands.items():
+        for text in [verb.help, *(getattr(one, "help", None) for one in verb.params)]:
+            plain = (text or "").replace("\\[", "[")
+            if Text.from_markup(text or "").plain != plain:
+                lost.append(f"{name}: {text}")
+    assert not lost

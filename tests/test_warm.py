@@ -14,7 +14,7 @@ from miniature import base
 from study.arms import runs
 from study.data.convert import convert
 from study.spec.study import load
-from study.warm import WORKFLOW
+from study.warm import WORKFLOW, hand_over
 
 ROOT = Path(__file__).parents[1]
 OUTPUTS = ["weights.safetensors", "raw.safetensors", "dynamics.parquet"]
@@ -219,21 +219,23 @@ def test_a_workflow_that_is_gone_changes_nothing(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "handed"),
     [
-        {"--gpus": "1"},
-        {"--threads": "2"},
-        {"--machine": '{"processes":2}'},
-        {"train": "schema"},
+        ({}, True),
+        ({"--gpus": "1"}, False),
+        ({"--threads": "2"}, False),
+        ({"--machine": '{"processes":2}'}, False),
+        ({"train": "schema"}, False),
     ],
 )
-def test_what_needs_a_process_of_its_own_has_one(data, tmp_path, change, workflow, monkeypatch):
-    from study import warm as module
-
-    words = command(data, tmp_path)[3:]
+def test_what_needs_a_process_of_its_own_has_one(
+    data, tmp_path, change, handed, workflow, monkeypatch
+):
+    words, asked = command(data, tmp_path)[3:], []
     for key, value in change.items():
         words[words.index(key) + (key.startswith("--"))] = value
     monkeypatch.setattr(sys, "argv", ["study", *words])
     monkeypatch.setenv(WORKFLOW, str(workflow.pid))
-    monkeypatch.setattr(module, "_connect", lambda *_: pytest.fail("was handed over"))
-    module.hand_over()
+    monkeypatch.setattr("study.warm._connect", asked.append)
+    hand_over()
+    assert bool(asked) == handed

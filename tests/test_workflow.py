@@ -1,5 +1,6 @@
 """The workflow, run for real once: what it makes, what edits make it do again, how it goes on."""
 
+import ast
 import csv
 import fcntl
 import importlib
@@ -17,9 +18,12 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from conftest import PARTS, ROOT, SMOKE, Project, copy_project
 from packaging.specifiers import SpecifierSet
+
+from study import cli
 
 AFTERWARDS = {"aggregate": 1, "figures": 1, "notebook": 1, "report": 1}
 """Jobs that follow whenever the study as a whole has changed."""
@@ -714,3 +718,15 @@ def test_profiles_are_profiles():
 def test_copy_of_the_project_lacks_nothing(tmp_path):
     copy_project(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(PARTS)
+
+
+def test_the_scheduler_knows_of_every_lock_that_a_stage_takes():
+    """Else the job that a killed workflow left behind would count as a failure of the next."""
+    verbs = {
+        name
+        for name, verb in typer.main.get_command(cli.app).commands.items()
+        if "_alone" in inspect.getsource(verb.callback)
+    }
+    rules = (ROOT / "workflow/rules/scheduling.smk").read_text(encoding="utf-8")
+    known = ast.literal_eval(re.search(r"locked = (\(.*\))", rules)[1])
+    assert verbs == {name.rstrip("_") for name in known}

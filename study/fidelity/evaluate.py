@@ -194,7 +194,8 @@ def _read_samples(path: Path) -> np.ndarray:
     return images
 
 
-def _requested(protocol: dict[str, Any], reference: Reference) -> tuple[str, ...]:
+def requested(protocol: dict[str, Any], reference: Reference) -> tuple[str, ...]:
+    """The metrics that a protocol asks for. Raises ``UserError`` for what the reference lacks."""
     metrics = tuple(protocol.get("metrics", METRICS))
     unknown = [metric for metric in metrics if metric not in METRICS]
     if unknown:
@@ -280,7 +281,7 @@ def evaluate(
     """
     samples = Path(samples)
     known = Reference(reference)
-    metrics = _requested(protocol, known)
+    metrics = requested(protocol, known)
     images = _read_samples(samples)
     beside = samples.with_name("generate.json")
     generation = read_object(beside) if beside.is_file() else {}

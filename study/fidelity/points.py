@@ -16,7 +16,7 @@ from numpy.random import Generator, Philox
 
 from study.data import Archive, order
 from study.fidelity import extractors
-from study.fidelity.evaluate import METRICS, measure, metric_name
+from study.fidelity.evaluate import METRICS, measure, metric_name, requested
 from study.fidelity.reference import Reference
 from study.files import UserError, write_json
 from study.provenance import Stopwatch, provenance
@@ -105,9 +105,11 @@ def reference_points(
     """Measure ``POINTS`` against the folder ``reference`` of the archive ``data``; write ``out``.
 
     ``images`` is how many samples the numbers stand beside (``None``: as many as the archive has):
-    Frechet distances depend on it. Raises ``UserError`` where the reference is of other images.
+    Frechet distances depend on it. Raises ``UserError`` for an unknown metric, and where the
+    reference is of other images.
     """
     known, archive = Reference(reference), Archive(data)
+    metrics = requested({"metrics": metrics}, known)
     if known.identity["dataset_sha256"] != archive.sha256:
         raise UserError(f"{reference}: a reference of other images than those of {data}")
     extractor = extractors.load(known.identity["extractor"], known.weights)

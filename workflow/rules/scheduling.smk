@@ -47,7 +47,7 @@ def lock_of(job):
 
 def occupied(job):
     """What of a job's work another process has, such as a job of a killed workflow."""
-    locked = ("train", "generate", "evaluate_", "probe_")
+    locked = ("train", "generate", "evaluate_", "points", "probe_")
     taken = (
         one
         for one in members(job)

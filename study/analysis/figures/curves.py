@@ -149,7 +149,7 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
     shown = found[:MOST]
     if len(found) > MOST:
         more += f" {count(len(found) - MOST, 'more setting')} in tables/curves.csv."
-    if any(tables.meaning(setting.metric) for setting in shown):
+    if any(tables.reference_points(setting.metric) for setting in shown):
         more += " Dotted, where it is near: a Gaussian fitted to the pixels."
     every = pd.concat([setting.rows for setting in shown])
     levels = [_levels(tables, one) if name == "reference" else one.rows[:0] for one in shown]
@@ -171,7 +171,7 @@ def _lines(tables: Tables, name: str, title: str, more: str) -> Figure:
                 _draw_line(axes, own, target, colours, name)
                 crosses |= name == "training" and _draw_cross(axes, own)
             _scale(axes, rows, name)
-            _draw_gaussian(axes, tables.meaning(setting.metric).get("gaussian"))
+            _draw_gaussian(axes, tables.reference_points(setting.metric).get("gaussian"))
             axes.set_xlabel(setting.axis.label)
             axes.tick_params(labelbottom=True)
         for axes in first[number]:

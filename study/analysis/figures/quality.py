@@ -44,7 +44,7 @@ def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
             parts,
             "Cells: mean over the runs that finished, below it the 95 % bootstrap interval of "
             f"the mean (n > 1). {f'{side} is better; a' if len(parts) == 1 else 'A'} frame marks "
-            f"each row's best mean in a panel, which is not a test. {_meaning(parts)}",
+            f"each row's best mean in a panel, which is not a test. {_reference_points(parts)}",
         ),
     )
     cells = len(parts) * len(targets)
@@ -59,9 +59,9 @@ def quality_heatmap(tables: Tables, metric: str | None = None) -> Figure:
     return fig
 
 
-def _meaning(parts: list[Part]) -> str:
+def _reference_points(parts: list[Part]) -> str:
     """What the numbers mean: those of images that are no network's."""
-    said = [points_text(part.tables.meaning(part.metric)) for part in parts]
+    said = [points_text(part.tables.reference_points(part.metric)) for part in parts]
     said = [
         (f"{part.name}: " if len(parts) > 1 else "") + text
         for part, text in zip(parts, said, strict=True)

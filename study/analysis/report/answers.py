@@ -52,12 +52,12 @@ def missing(study: Study, most: int = 6) -> dict[str, Any]:
     }
 
 
-def meaning(study: Study) -> list[str]:
+def reference_points(study: Study) -> list[str]:
     """What the leading metric's numbers mean, and which backbones are no better than a Gaussian."""
     several = len(study.parts) > 1
     answer = []
     for part, metric in study.parts:
-        points = part.meaning(metric)
+        points = part.reference_points(metric)
         if not points:
             continue
         label = style.metric_label(metric) + (

@@ -69,7 +69,7 @@ def context(study: Study) -> dict[str, Any]:
         "missing": answers.missing(study),
         "blocks": curves.blocks(study),
         "outcome": answers.outcome(study),
-        "meaning": answers.meaning(study),
+        "reference_points": answers.reference_points(study),
         "tests": answers.tests(study),
         "best": answers.best(study),
         "doubts": answers.doubts(study),

@@ -144,7 +144,7 @@ class Tables:
         ordered = rows.iloc[np.argsort(place, kind="stable")]
         return ordered.drop_duplicates("arm").sort_index()
 
-    def meaning(self, metric: str) -> dict[str, float]:
+    def reference_points(self, metric: str) -> dict[str, float]:
         """What real images, a Gaussian fitted to the pixels, and noise have on a metric.
 
         Of the same reference, extractor and number of images; empty where it was not measured.
