@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -654,3 +655,9 @@ def test_draws_that_are_made_ahead_are_the_same():
     assert torch.equal(plain.latents(), ahead.latents())
     for k in (0, 1, 2, 5, 6, 0):
         assert torch.equal(plain.draw(k), ahead.draw(k))
+    threads = [one for one in threading.enumerate() if one.name.startswith("study-ahead")]
+    assert threads
+    del ahead  # as between the batches of a generation: no thread may stay
+    for thread in threads:
+        thread.join(10)
+        assert not thread.is_alive()

@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class NoiseSource:
         self.shape = tuple(int(size) for size in shape)
         self.seed = int(seed)
         self.device = torch.device(device)
-        self._make = Ahead(self._draw, math.inf) if ahead else self._draw
+        self._draw = partial(_normal, self.seeds, self.shape, self.seed)
+        self._next = Ahead(self._draw, math.inf) if ahead else self._draw
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -52,17 +54,19 @@ class NoiseSource:
 
     def draw(self, k: int) -> Tensor:
         """Standard normal draw number ``k`` [B, C, H, W], float32."""
-        return self._make(k).to(self.device)
+        return self._next(k).to(self.device)
 
-    def _draw(self, k: int) -> Tensor:
-        generator = torch.Generator()
-        rows = torch.empty((len(self.seeds), *self.shape), dtype=torch.float32)
-        for row, number in zip(rows, self.seeds, strict=True):
-            text = f"{self.seed}/{number}/{k}".encode()
-            key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
-            generator.manual_seed(key)
-            row.normal_(generator=generator)
-        return rows
+
+def _normal(seeds: Sequence[int], shape: Sequence[int], seed: int, k: int) -> Tensor:
+    """What `NoiseSource` draws; no method, so that a source and its thread go when it is left."""
+    generator = torch.Generator()
+    rows = torch.empty((len(seeds), *shape), dtype=torch.float32)
+    for row, number in zip(rows, seeds, strict=True):
+        text = f"{seed}/{number}/{k}".encode()
+        key = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+        generator.manual_seed(key)
+        row.normal_(generator=generator)
+    return rows
 
 
 @dataclass(frozen=True)
